@@ -82,7 +82,7 @@ class ShapeEnumerator:
         else:
             steps = dict.fromkeys((size_step(mlp.size), 1))
             least = min(size_step(mlp.size), mlp.size)
-            bounds = [self._with_mlp(sizes, np.full(_length(sizes), float(each))) for each in (least, mlp.size)]
+            bounds = [self._with_mlp(sizes, np.full(_length(sizes), float(each)), 1) for each in (least, mlp.size)]
             tried = (self._within(self._filled(sizes, mlp, budget, step), budget) for step in steps)
             grid = next((each for each in tried if len(each)), self._within(bounds[-1], budget))
         if not len(grid):
@@ -94,12 +94,13 @@ class ShapeEnumerator:
     ) -> dict[str, np.ndarray]:
         """Return shapes with the MLP that fills the budget, a multiple of `step`; without those that have none."""
         low, high = (
-            self._used(self._with_mlp(sizes, np.full(_length(sizes), float(each))), budget) for each in (1, mlp.size)
+            self._used(self._with_mlp(sizes, np.full(_length(sizes), float(each)), 1), budget)
+            for each in (1, mlp.size)
         )
         width = 1 + (self._targets(budget)[0] - low) * (mlp.size - 1) / np.maximum(high - low, 1e-9)
         rounded = np.where(np.abs(width - mlp.size) < step / 2, mlp.size, np.round(width / step) * step)
         possible = (rounded >= min(step, mlp.size)) & (rounded <= mlp.size)
-        return {name: each[possible] for name, each in self._with_mlp(sizes, rounded).items()}
+        return {name: each[possible] for name, each in self._with_mlp(sizes, rounded, step).items()}
 
     def _is_fixed(self, role: SizeRole) -> bool:
         return any(each.name in self.fixed for each in self.fields.of(role))
@@ -199,14 +200,18 @@ class ShapeEnumerator:
             heads[groups.name] = int(number)
         return {**shape, **{name: number for name, number in heads.items() if name not in self.fixed}}
 
-    def _with_mlp(self, sizes: dict[str, np.ndarray], width: np.ndarray) -> dict[str, np.ndarray]:
-        """Return sizes with the main MLP's width, and other MLPs in proportion."""
+    def _with_mlp(self, sizes: dict[str, np.ndarray], width: np.ndarray, step: int) -> dict[str, np.ndarray]:
+        """Return sizes with the main MLP's width, a multiple of `step`, and other MLPs in proportion, also of their multiples.
+
+        The grouped products of experts need rows of 16 bytes.
+        """
         main = self.fields.main(SizeRole.MLP)
         assert main is not None
         others = {}
         for each in self.fields.of(SizeRole.MLP):
-            share = width * each.size / main.size
-            others[each.name] = width if each.size == main.size else np.maximum(1, np.round(share))
+            own = min(step, size_step(each.size), each.size)
+            share = np.maximum(1, np.round(width * each.size / main.size / own))
+            others[each.name] = width if each.size == main.size else np.minimum(each.size, own * share)
         return {**sizes, **others}
 
     # What shapes use of the budget

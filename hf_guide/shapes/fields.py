@@ -22,6 +22,7 @@ from hf_guide.layouts.grammar import AxisName, axis_size, name_and_repeats
 from hf_guide.layouts.hierarchy import is_blocks_only
 from hf_guide.layouts.registry import Layout, config_sizes
 from hf_guide.models.model_classes import meta_model, strip_base_prefix
+from hf_guide.models.module_signature import ModuleSignature, module_signature
 from hf_guide.models.tiny_models import MODEL_ERRORS
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.validation import StringEnum
@@ -140,9 +141,9 @@ def find_size_fields(probe: ModelProbe) -> SizeFields:
         raise LayoutError(
             f"No {probe.model_class.__name__} of the teacher's own config can be built with {probe.base}."
         )
-    sizes = _axis_sizes(layout, *built)
+    sizes, signature = _axis_sizes(layout, *built), module_signature(built[1])
     for name, value in _candidate_fields(teacher.config, {each.name for each in fields}):
-        found = _probe_role(probe, layout, name, value, sizes)
+        found = _probe_role(probe, layout, name, value, sizes, signature)
         if found is not None:
             fields.append(found)
     fields = [each for each in fields if each.role is not SizeRole.HEAD_SIZE]
@@ -187,7 +188,7 @@ def _candidate_fields(config: PreTrainedConfig, known: set[str]) -> Iterator[tup
 
 
 def _probe_role(
-    probe: ModelProbe, layout: Layout, name: str, value: int | None, sizes: "_AxisSizes"
+    probe: ModelProbe, layout: Layout, name: str, value: int | None, sizes: "_AxisSizes", signature: ModuleSignature
 ) -> SizeField | None:
     """Return what a field is the size of, by changing it; None where it changes no axis that a student may shorten."""
     for other in _other_values(value, sizes):
@@ -198,6 +199,8 @@ def _probe_role(
             changed = {key for key, size in _axis_sizes(layout, *built).items() if size != sizes.get(key)}
         except LayoutError:
             continue
+        if not any(parameter for parameter, _ in changed) and module_signature(built[1]) == signature:
+            continue  # only the config has it: of a Whisper classifier the number of the decoder's heads
         role = _role_of({axis for _, axis in changed}, layout)
         if role is None:
             return None
@@ -241,7 +244,7 @@ _AxisSizes = dict[tuple[str, str], int]
 def _axis_sizes(layout: Layout, config: PreTrainedConfig, model: PreTrainedModel) -> _AxisSizes:
     """Return the size of every named axis of a model: from its config, or from each tensor that it is alone an axis of.
 
-    Tensors are told apart: an encoder and a decoder have MLPs of the same axis and of a field each.
+    By tensor, since an encoder and a decoder have MLPs of the same axis, and a field for each.
     """
     given = config_sizes(layout, config)
     sizes = {("", axis): size for axis, size in given.items()}
