@@ -212,9 +212,7 @@ class FitTarget:
 
     def missing(self, rows: slice, weight: Tensor, sums: NormalEquations) -> Tensor:
         """Return for some rows the sum of r^T x, (rows, features), with r what their outputs lack, in the sums' dtype."""
-        if self.teacher is None:
-            return sums.cross[rows]
-        return self.teacher(rows).to(sums.cross) @ sums.cross - weight.to(sums.gram) @ sums.gram
+        return sums.cross[rows] if self.teacher is None else _missing(self.teacher(rows), weight, sums)
 
     def scored(self, dtype: torch.dtype) -> "ScoredRows":
         """Return that by which the ridge is chosen, computed in a dtype."""
@@ -243,8 +241,13 @@ class ScoredRows:
 
     def missing(self, sums: NormalEquations) -> Tensor:
         """Return the sum of r^T x, (sums, features), in the dtype of the normal equations."""
-        desired = self.desired.to(sums.cross) @ sums.cross
-        return desired if self.present is None else desired - self.present.to(sums.gram) @ sums.gram
+        return _missing(self.desired, self.present, sums)
+
+
+def _missing(desired: Tensor, present: Tensor | None, sums: NormalEquations) -> Tensor:
+    """Return what multiplies the targets and what multiplies the features, applied to the normal equations and subtracted."""
+    products = desired.to(sums.cross) @ sums.cross
+    return products if present is None else products - present.to(sums.gram) @ sums.gram
 
 
 def random_signs(rows: int) -> Tensor:
