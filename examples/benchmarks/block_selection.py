@@ -28,6 +28,7 @@ from examples.common.data import pack, read_documents, split_documents
 from examples.common.language_model import TrainingRecipe, cache_teacher, draw_blocks, evaluate, train
 from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, mean_and_spread, read_rows
 from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
 
@@ -87,8 +88,7 @@ def run_seed(todo: "list[tuple[int, str]]", args: argparse.Namespace) -> list[di
         for depth, arm in todo:
             row = run_arm(arm, depth, name, train_blocks, held_out, cache, args)
             print(json.dumps(row), flush=True)
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
             rows.append(row)
     return rows
 
@@ -102,8 +102,7 @@ def table(rows: "list[dict[str, Any]]") -> str:
         for key in ("untrained", "trained"):
             found = [row[key] for row in of_arm if key in row]
             if found:
-                spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
-                cells.append(f"{key} {statistics.mean(found):.1f}{spread} ({len(found)})")
+                cells.append(f"{key} {mean_and_spread(found, 1)} ({len(found)})")
         cost = statistics.mean(row["cpu_seconds"] for row in of_arm)
         lines.append(", ".join([*cells, f"{cost:.0f} CPU seconds"]))
         lines += [f"    seed {row['seed']}: {row['untrained']:.1f}, {row['blocks']}" for row in of_arm]
@@ -124,7 +123,7 @@ def main() -> int:
     parser.add_argument("--kd-weight", type=float, default=0.5)
     args = parser.parse_args()
     keep_freed_memory()
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = read_rows(args.output)
     for seed in [] if args.table else args.seeds:
         args.seed = seed
         tokens = args.steps * args.batch_size * LENGTH  # a block has LENGTH + 1: the last one is a target alone

@@ -11,9 +11,7 @@ corpus anew into text to calibrate on and text held out, and draws from both.
 """
 
 import argparse
-import json
 import math
-import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +27,7 @@ from examples.common.data import pack, read_documents, split_documents
 from examples.common.language_model import draw_blocks, evaluate
 from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, mean_and_spread, read_rows
 from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
 
@@ -127,8 +126,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells = []
         for shape in shapes:
             losses = [row["loss"] for row in rows if row["arm"] == arm and row["shape"] == shape]
-            spread = f" ± {statistics.stdev(losses):.2f} ({len(losses)})" if len(losses) > 1 else ""
-            cells.append(f"{statistics.mean(losses):.2f}{spread}" if losses else "-")
+            cells.append(mean_and_spread(losses) + (f" ({len(losses)})" if len(losses) > 1 else ""))
         lines.append(f"{arm:34}" + "".join(f"{cell:>29}" for cell in cells))
     return "\n".join(lines)
 
@@ -167,7 +165,7 @@ def main() -> int:
     name = args.teacher or default_language_model(None)
     tokenizer = AutoTokenizer.from_pretrained(name)
     teacher = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = read_rows(args.output)
     keys = []
     for seed in args.seeds:
         setting = {"tokens": args.tokens, "held_out_blocks": args.held_out_blocks, "seed": seed}
@@ -198,8 +196,7 @@ def main() -> int:
                 f"{key['shape']:28} {key['arm']:34} {row['loss']:7.3f}  {sum(report.seconds.values()):6.0f} s",
                 flush=True,
             )
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
             rows.append(row)
     print(
         f"\n{describe_machine()}\n{args.tokens} tokens of calibration text, loss in nats on "

@@ -2,9 +2,14 @@
 
 import math
 import statistics
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.results import mean_and_spread
 
 Row = dict[str, Any]
 
@@ -64,8 +69,9 @@ def table(rows: list[Row]) -> str:
             share = statistics.mean(row["initialization_seconds"] / row["seconds"] for row in arm_rows)
             first = arm_rows[0]
             lines.append(
-                f"  {arm:{width}} {first['parameters']:>10,} {first['learning_rate']:>6g} {spread(ends):>16} "
-                f"{spread(gaps):>16} {spread(shares):>14} {cost:>9.1f} {share:>7.1%}"
+                f"  {arm:{width}} {first['parameters']:>10,} {first['learning_rate']:>6g} "
+                f"{mean_and_spread(ends):>16} {mean_and_spread(gaps):>16} {mean_and_spread(shares):>14} "
+                f"{cost:>9.1f} {share:>7.1%}"
             )
     weak = [row for row in rows if row["curve"][-1][1] < row["teacher"]]
     if weak:
@@ -114,8 +120,8 @@ def _share(gaps: dict[tuple[str, str, int], float], arm: str, objective: str) ->
     arm_rows = [gaps[arm, objective, seed] for seed in seeds]
     sums = [gaps.get((arm, "labels", s), math.nan) + gaps.get(("random", objective, s), math.nan) for s in seeds]
     none = arm == "random" or objective == "labels" or not arm_rows or min(sums) <= 0  # of less than nothing
-    share = "" if none else f" ({spread([a / b for a, b in zip(arm_rows, sums, strict=True)])})"
-    return spread(arm_rows) + share if arm_rows else "-"
+    share = "" if none else f" ({mean_and_spread([a / b for a, b in zip(arm_rows, sums, strict=True)])})"
+    return mean_and_spread(arm_rows) + share
 
 
 def _run_with(rows: list[Row], objectives: Collection[str]) -> list[str]:
@@ -127,13 +133,6 @@ def _run_with(rows: list[Row], objectives: Collection[str]) -> list[str]:
 
 def _seeds(gaps: dict[tuple[str, str, int], float], arm: str, objective: str) -> list[int]:
     return [seed for its_arm, its_objective, seed in gaps if (its_arm, its_objective) == (arm, objective)]
-
-
-def spread(values: list[float]) -> str:
-    """Return mean and standard deviation as text; of values that are not all finite, how many are."""
-    if not all(map(math.isfinite, values)):
-        return f"{sum(map(math.isfinite, values))} of {len(values)}"
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.2f}"
 
 
 def plot_interaction(rows: list[Row], file: Path) -> None:

@@ -28,6 +28,7 @@ from examples.common.data import pack, read_documents, split_documents
 from examples.common.language_model import TrainingRecipe, cache_teacher, draw_blocks, evaluate, train
 from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, mean_and_spread, read_rows
 from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
 
@@ -121,8 +122,7 @@ def run_seed(todo: "list[tuple[str, str]]", args: argparse.Namespace) -> list[di
         for target, arm in todo:
             row = {**run_arm(arm, name, target, train_blocks, held_out, cache, args), "teacher": reference}
             print(json.dumps(row), flush=True)
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
             rows.append(row)
     return rows
 
@@ -133,10 +133,9 @@ def table(rows: "list[dict[str, Any]]") -> str:
     for key in dict.fromkeys((row["target"], row["tokens"], row["arm"]) for row in rows):
         of_arm = [row for row in rows if (row["target"], row["tokens"], row["arm"]) == key]
         found = [row["perplexity"] for row in of_arm]
-        spread = f" ± {statistics.stdev(found):.1f}" if len(found) > 1 else ""
         cost = statistics.mean(row["cpu_seconds"] for row in of_arm)
         seeds = ", ".join(f"{value:.1f}" for value in found)
-        lines.append(f"{key[0]:8} {key[1]:7} {key[2]:20} {statistics.mean(found):9.1f}{spread:7}  {seeds}; {cost:.0f}")
+        lines.append(f"{key[0]:8} {key[1]:7} {key[2]:20} {mean_and_spread(found, 1):>16}  {seeds}; {cost:.0f}")
     return "\n".join(lines)
 
 
@@ -155,7 +154,7 @@ def main() -> int:
     parser.add_argument("--kd-weight", type=float, default=0.5)
     args = parser.parse_args()
     keep_freed_memory()
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = read_rows(args.output)
     tokens = args.steps * args.batch_size * LENGTH  # a block has LENGTH + 1: the last one is a target alone
     for seed in [] if args.table else args.seeds:
         args.seed = seed

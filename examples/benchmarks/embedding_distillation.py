@@ -15,10 +15,8 @@ made again.
 import argparse
 import copy
 import itertools
-import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -33,6 +31,7 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.data import package_dir, read_documents, split_documents
+from examples.common.results import append_row, mean_and_spread, read_rows
 from hf_guide import Capture, CaptureConfig, DistillationArguments, DistillationTrainer, capture_teacher, from_teacher
 from hf_guide.distillation.similarity_metrics import pairwise_cosines
 from hf_guide.models.sentence_files import embed
@@ -137,11 +136,6 @@ def best_rate(rows: list[dict[str, Any]], start: str, loss: str) -> float:
     return float(max(ends, key=ends.__getitem__))
 
 
-def read(output: Path) -> list[dict[str, Any]]:
-    """Return the runs that were made."""
-    return [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
-
-
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the mean and standard deviation over seeds, before and after training, of each start and loss."""
     lines = [
@@ -151,16 +145,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     rows = [row for row in rows if not row["tuning"]]
     for start, loss, rate in dict.fromkeys((row["start"], row["loss"], row["learning_rate"]) for row in rows):
         found = [row for row in rows if (row["start"], row["loss"], row["learning_rate"]) == (start, loss, rate)]
-        cells = [spread([row["curve"][point]["similarity_spearman"] for row in found]) for point in (0, 1, -1)]
-        cells.append(" -> ".join(spread([row["pearson"][point] for row in found]) for point in (0, 1)))
+        cells = [
+            mean_and_spread([row["curve"][point]["similarity_spearman"] for row in found], 3) for point in (0, 1, -1)
+        ]
+        cells.append(" -> ".join(mean_and_spread([row["pearson"][point] for row in found], 3) for point in (0, 1)))
         lines.append(f"| {start} | {loss} | {rate:g} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def spread(values: list[float]) -> str:
-    """Return a mean, and the standard deviation where there are several values."""
-    deviation = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3f}{deviation}"
 
 
 def main() -> None:
@@ -203,18 +193,17 @@ def main() -> None:
             is_tuning = rate is not None
             steps = args.steps // TUNING_SHARE if is_tuning else args.steps
             key = {"start": start, "loss": loss, "seed": seed, "steps": steps, "tuning": is_tuning}
-            key["learning_rate"] = rate or best_rate(read(args.output), start, loss)
-            if any(key.items() <= row.items() for row in read(args.output)):
+            key["learning_rate"] = rate or best_rate(read_rows(args.output), start, loss)
+            if any(key.items() <= row.items() for row in read_rows(args.output)):
                 continue
             if (start, seed) not in students:
                 students = {name: student for name, student in students.items() if name[1] == seed}
                 students[start, seed] = make(teacher, texts, start, seed)
             student = copy.deepcopy(students[start, seed])
             row = run(student, capture, tokenizer, texts, tuning if is_tuning else held_out, key)
-            with args.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
             print(key, [round(point["similarity_spearman"], 4) for point in row["curve"]], row["pearson"], flush=True)
-    print(table(read(args.output)))
+    print(table(read_rows(args.output)))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.data import read_documents, split_documents
+from examples.common.results import mean_and_spread
 from hf_guide import from_teacher
 
 METHODS = {
@@ -95,9 +96,8 @@ def main() -> int:
                     show_progress=False,
                 )
                 values.append(similarity_kept(embed(student, batches), target))
-            kept = torch.tensor(values)
             size = f"width {width:4} of {teacher.config.hidden_size}"
-            print(f"{size}  {arm:27} {kept.mean():.3f} ± {kept.std():.3f}", flush=True)
+            print(f"{size}  {arm:27} {mean_and_spread(values, 3)}", flush=True)
     return 0
 
 

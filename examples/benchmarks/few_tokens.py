@@ -12,7 +12,6 @@ and whatever is random. One JSON line a seed and arm is appended to --output; wh
 
 import argparse
 import dataclasses
-import json
 import statistics
 import sys
 import tempfile
@@ -36,6 +35,7 @@ from examples.common.language_model import (
 )
 from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, mean_and_spread, read_rows
 from examples.common.teachers import default_language_model
 from hf_guide import AutoStudentForCausalLM, register_method
 from hf_guide.initialization.config import PlanOptions
@@ -170,15 +170,10 @@ def table(rows: list[dict]) -> str:
         ]
         lines.append(
             f"{arm:42} {statistics.mean(row['perplexity_before'] for row in arm_rows):12.4g} "
-            f"{_spread([row['perplexity_after'] for row in arm_rows]):>18} {_spread([100 * gap for gap in gaps]):>17}%"
+            f"{mean_and_spread([row['perplexity_after'] for row in arm_rows], 1):>18} "
+            f"{mean_and_spread([100 * gap for gap in gaps], 1):>17}%"
         )
     return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.1f}"
 
 
 def main() -> int:
@@ -195,12 +190,12 @@ def main() -> int:
     parser.add_argument("--kd-weight", type=float, default=0.5)
     args = parser.parse_args()
     keep_freed_memory()
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = read_rows(args.output)
     for seed in args.seeds:
         done = {row["arm"] for row in rows if (row["seed"], row["steps"]) == (seed, args.steps)}
         new_rows = run_seed(seed, [arm for arm in args.arms if arm not in done], args)
-        with args.output.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in new_rows)
+        for row in new_rows:
+            append_row(args.output, row)
         rows += new_rows
     print(f"\n{describe_machine()}")
     print(

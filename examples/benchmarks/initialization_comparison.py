@@ -19,7 +19,6 @@ that each initialization closes with each objective.
 
 import argparse
 import itertools
-import json
 import math
 import sys
 import tempfile
@@ -38,6 +37,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, defau
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, read_rows
 from hf_guide import (
     CaptureConfig,
     DistillationArguments,
@@ -182,10 +182,9 @@ def run(args: argparse.Namespace) -> None:
     teacher_losses = {True: loss_of(bench.teacher, bench.tuning), False: loss_of(bench.teacher, bench.measured)}
     for shape, objective, arm in itertools.product(args.shapes, args.objectives, args.arms):
         key = {"shape": shape, "arm": arm, "objective": objective, "tokens_per_parameter": args.tokens_per_parameter}
-        while (job := next_job(read(args.output), key, args.seeds)) is not None:
+        while (job := next_job(read_rows(args.output), key, args.seeds)) is not None:
             row = key | job | {"teacher": teacher_losses[job["tuning"]]} | make_run(bench, key | job, args)
-            with args.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
             start, end = row["curve"][0][1], row["curve"][-1][1]
             print(f"{shape}; {arm}; {objective}; {job}: {start:.3f} -> {end:.3f}", flush=True)
 
@@ -269,11 +268,6 @@ def loss_of(model: PreTrainedModel, tokens: Tensor) -> float:
     return sum(losses) / len(tokens)
 
 
-def read(output: Path) -> list[dict[str, Any]]:
-    """Return the runs that were made."""
-    return [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("initialization_comparison.jsonl"))
@@ -295,7 +289,7 @@ def main() -> None:
     keep_freed_memory()
     if not args.table:
         run(args)
-    rows = read(args.output)
+    rows = read_rows(args.output)
     print(table(rows))
     print(interaction(rows))
     plot(rows, args.output.with_suffix(".png"))

@@ -39,6 +39,9 @@ from peak_memory import peak_memory
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.results import append_row, read_rows
 from hf_guide.initialization.basis import fit_basis, second_moment
 from hf_guide.modeling import from_teacher
 
@@ -135,7 +138,7 @@ def run(args: argparse.Namespace) -> None:
     for vocabulary, width in sorted(points, key=lambda point: point[0] * point[1] ** 2):
         for what in ("basis", "transfer"):
             key = {"measurement": what, "vocabulary": vocabulary, "width": width}
-            if any(key.items() <= row.items() for row in read(args.output)):
+            if any(key.items() <= row.items() for row in read_rows(args.output)):
                 continue
             row = key | {"bound_bytes": memory_bound(vocabulary, width)}
             if what == "transfer" and row["bound_bytes"] > args.gigabytes * 1e9:
@@ -146,9 +149,7 @@ def run(args: argparse.Namespace) -> None:
             print(row, flush=True)
             row |= {"torch": torch.__version__, "transformers": transformers.__version__}
             row |= {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}, one thread"}
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            with args.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
 
 
 def measured(what: str, vocabulary: int, width: int, rounds: int, minutes: float) -> dict[str, Any]:
@@ -164,11 +165,6 @@ def measured(what: str, vocabulary: int, width: int, rounds: int, minutes: float
             return in_fresh_process(CODE, what, scratch, *map(str, (vocabulary, width, rounds, minutes)))
         except TimeoutError:
             return {"left_out": f"more than {minutes:g} minutes"}
-
-
-def read(output: Path) -> list[dict[str, Any]]:
-    """Return the measurements that were made."""
-    return [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -220,7 +216,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if not args.table:
         print(f"command: python {' '.join(sys.argv)}")
         run(args)
-    print(table(read(args.output)))
+    print(table(read_rows(args.output)))
 
 
 if __name__ == "__main__":

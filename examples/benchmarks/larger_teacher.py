@@ -17,7 +17,6 @@ that would exceed --minutes is not started, and the same command resumes from th
 
 import argparse
 import functools
-import json
 import math
 import statistics
 import sys
@@ -30,7 +29,7 @@ from typing import Any
 import torch
 from baselines import ARMS, ArmInputs
 from curves import interaction, plot, table
-from initialization_comparison import best_rate, drawn, ends_by_rate, next_rate, read
+from initialization_comparison import best_rate, drawn, ends_by_rate, next_rate
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
@@ -39,6 +38,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, get_cosine_with_min_lr
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.data import pack, read_documents, split_documents
+from examples.common.results import append_row, read_rows
 from examples.common.teachers import default_language_model
 
 LENGTH = 512
@@ -143,12 +143,11 @@ def run(bench: Bench, args: argparse.Namespace) -> None:
     for job in jobs(bench.tokens, bench.batch, args.seeds):
         if job["shape"] not in args.shapes or job["arm"] not in args.arms or job["objective"] not in args.objectives:
             continue
-        while (todo := next_run(rows := read(args.output), job)) is not None:
+        while (todo := next_run(rows := read_rows(args.output), job)) is not None:
             if time.monotonic() + expected_seconds(rows, todo, args.tuning_share) > end:
                 break
             row = todo | {"teacher": round(bench.teacher_losses[todo["tuning"]], 5)} | make_run(bench, todo, args)
-            with args.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
             first, last = (math.exp(min(row["curve"][scratch][1], 99.0)) for scratch in (0, -1))
             print(
                 f"{row['shape']}; {row['arm']}; {row['objective']}; seed {row['seed']}; rate {row['learning_rate']:g}: "
@@ -341,7 +340,7 @@ def main() -> None:
             torch._dynamo.config.recompile_limit = 64  # the same code serves blocks and heads of every shape
             HEADS.update({head: torch.compile(head, dynamic=False) for head in (_cross_entropy, _distilled)})
         run(Bench.prepare(args), args)
-    rows = read(args.output)
+    rows = read_rows(args.output)
     print(table(rows))
     print(interaction(rows))
     plot(rows, args.output.with_suffix(".png"))

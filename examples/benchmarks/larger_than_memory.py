@@ -52,6 +52,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.initialization import no_init_weights
 
+# Appended: in the process that measures another version (--against), the checkout of that one stays first.
+sys.path.append(str(Path(__file__).parents[2]))
+
+from examples.common.results import append_row
 from hf_guide.modeling import from_teacher
 
 MAKE = """
@@ -156,9 +160,7 @@ def measure_llama(size: str, methods: list[str], threads: list[int], against: Pa
                 row = key | {"largest_bytes": largest} | row | {"torch": torch.__version__}
                 row |= {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}", "load": os.getloadavg()[0]}
                 print(row, flush=True)
-                output.parent.mkdir(parents=True, exist_ok=True)
-                with output.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_row(output, row)
 
 
 CALIBRATE = """
@@ -341,8 +343,7 @@ def measure_calibrated(spec: str, tokens: int, output: Path, teacher: Path | Non
         flush=True,
     )
     row |= {"torch": torch.__version__, "machine": f"{os.cpu_count()} CPUs, {platform.machine()}"}
-    with output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(output, row)
 
 
 def smollm2(folder: Path) -> Path:

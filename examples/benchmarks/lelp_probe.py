@@ -10,7 +10,6 @@ results/lelp_probe.jsonl (or of --probes), written when it is done; killed at an
 compares verdicts with the gain of LELP over KD on the test part, which counts as help where it exceeds its spread.
 """
 
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,9 @@ from lelp_comparison import Runs, parser, plan, prepare
 from lelp_models import Classifier, make_student, start_student
 from lelp_runs import ADDED, RESULTS
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.results import append_row, read_rows
 from hf_guide import SubclassProjector
 from hf_guide.lelp.analysis.probe import STEPS, ProbeData, ProbeStudents, run_probe, split_folds
 from hf_guide.lelp.analysis.probe_subclasses import MAX_LEARNING_RATE, MAX_SAMPLES, NUM_SEEDS, RATE_TIMES_WIDTH
@@ -91,8 +93,7 @@ def main() -> int:
     )
     options.add_argument("--probe-steps", type=int, help="of the probe's students, by default --steps, at most 900")
     args = options.parse_args()
-    lines = args.probes.read_text(encoding="utf-8").splitlines() if args.probes.is_file() else []
-    probes = [json.loads(line) for line in lines]
+    probes = read_rows(args.probes)
     if not args.report:
         if args.output is None:
             options.error("the folder of teachers is missing: -o FOLDER")
@@ -102,8 +103,7 @@ def main() -> int:
             run = plan(name, args)
             if all(ADDED | row["run"] != run for row in probes):
                 probes.append({"run": run, "result": probe_set(name, args)})
-                with args.probes.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(probes[-1]) + "\n")
+                append_row(args.probes, probes[-1])
                 print(f"{name}: {probes[-1]['result']['gain']:+.2f} {probes[-1]['result']['verdict']}", flush=True)
     rows = args.rows or RESULTS / "lelp_comparison.jsonl"
     report(probes, Runs(rows, args.tune_seeds))

@@ -3,6 +3,7 @@
 import argparse
 import json
 import statistics
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 from lelp_data import DRAWN, FROM_TEXTS
 from lelp_training import ARMS, Settings
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.results import append_row
 from hf_guide.errors import OptionError
 
 RUNS = "runs.jsonl"
@@ -78,8 +82,7 @@ class Runs:
         """Keep a run."""
         row = {"run": ADDED | run, "result": result}
         self.done[_key(row["run"])] = row
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(self.file, row)
 
 
 def _key(run: dict[str, Any]) -> str:

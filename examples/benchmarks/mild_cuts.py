@@ -15,11 +15,10 @@ existing ones are not made again.
 import argparse
 import json
 import math
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ from examples.common.data import pack, read_documents, split_documents
 from examples.common.language_model import TrainingRecipe, cache_teacher, draw_blocks, evaluate, train
 from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, mean_and_spread, read_rows
 from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
 
@@ -128,8 +128,7 @@ def run_seed(arms: "list[str]", seed: int, args: argparse.Namespace) -> "list[di
                 row["trained"] = loss(student)
             rows.append({**row, "cpu_seconds": round(time.process_time() - clock)})
             print(json.dumps(rows[-1]), flush=True)
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            append_row(args.output, rows[-1])
     return rows
 
 
@@ -143,14 +142,14 @@ def table(rows: "list[dict[str, Any]]") -> str:
         for row in found:
             if "trained" in row:
                 trained.setdefault(row["tokens"], []).append(row["trained"])
-        after = "; ".join(f"{_spread(losses)} after {tokens:,} tokens" for tokens, losses in trained.items())
-        lines.append(f"{arm:36} {found[0]['parameters']:11,} {_spread(list(untrained.values())):>16} {after}")
+        after = "; ".join(f"{perplexities(losses)} after {tokens:,} tokens" for tokens, losses in trained.items())
+        lines.append(f"{arm:36} {found[0]['parameters']:11,} {perplexities(untrained.values()):>16} {after}")
     return "\n".join(lines)
 
 
-def _spread(losses: "list[float]") -> str:
-    values = [math.exp(loss) for loss in losses]
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+def perplexities(losses: "Iterable[float]") -> str:
+    """Return mean and standard deviation of the perplexities of some losses."""
+    return mean_and_spread([math.exp(loss) for loss in losses], 1)
 
 
 def main() -> None:
@@ -167,7 +166,7 @@ def main() -> None:
     parser.add_argument("--held-out-blocks", type=int, default=16)
     args = parser.parse_args()
     keep_freed_memory()
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = read_rows(args.output)
     for seed in [] if args.table else args.seeds:
         done = {row["arm"] for row in rows if (row["seed"], row["steps"]) == (seed, args.steps)}
         todo = [arm for arm in args.arms if arm not in done]

@@ -13,7 +13,6 @@ One JSON line a run is appended to --output; a run that is there already is not 
 
 import argparse
 import copy
-import json
 import math
 import os
 import platform
@@ -27,13 +26,14 @@ from typing import Any
 
 import torch
 import transformers
-from curves import spread, tokens_until
+from curves import tokens_until
 from family_teachers import FAMILIES, Examples, Setting
 from transformers import PreTrainedModel, default_data_collator
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, mean_and_spread, read_rows
 from hf_guide import DistillationArguments, DistillationTrainer, from_teacher
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace, family: str) -> None:
         jobs += [(seed, None, args.steps, setting.held_out) for seed in args.seeds]
         students: dict[int, tuple[PreTrainedModel, float]] = {}
         for seed, rate, steps, watched in jobs:
-            rows = read(args.output)
+            rows = read_rows(args.output)
             key = {"family": family, "budget": args.steps, "arm": arm, "seed": seed, "tuning": rate is not None}
             key |= {"learning_rate": rate or best_rate(rows, family, args.steps, arm), "steps": steps}
             if any(key.items() <= row.items() for row in rows):
@@ -173,15 +173,8 @@ def run(args: argparse.Namespace, family: str) -> None:
             }
             row |= {"torch": torch.__version__, "transformers": transformers.__version__}
             row |= {"machine": f"{os.cpu_count()} CPUs, {platform.machine()}, {torch.get_num_threads()} threads"}
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            with args.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
             print(f"{family}; {arm}; seed {seed}; {key['learning_rate']:g}: {curve[0]} -> {curve[-1]}", flush=True)
-
-
-def read(output: Path) -> list[dict[str, Any]]:
-    """Return the runs that were made."""
-    return [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
 
 
 def best_rate(rows: list[dict[str, Any]], family: str, budget: int, arm: str) -> float:
@@ -240,10 +233,12 @@ def table(rows: list[dict[str, Any]]) -> str:
                 continue
             rate, grid = runs[0]["learning_rate"], rates.get((family, budget, arm), set())
             edge = "*" if rate in (min(grid, default=None), max(grid, default=None)) else " "
-            measured = four([end["metric"] for end in ends]) if "metric" in ends[0] else "-"
+            loss, metric = (
+                mean_and_spread([end[name] for end in ends if name in end], 4) for name in ("loss", "metric")
+            )
             lines.append(
-                f"  {arm:19} {runs[0]['parameters']:>10,} {rate:>6g}{edge} {four([end['loss'] for end in ends]):>17} "
-                f"{measured:>17} {spread(gaps):>15} {spread(shares):>13} "
+                f"  {arm:19} {runs[0]['parameters']:>10,} {rate:>6g}{edge} {loss:>17} "
+                f"{metric:>17} {mean_and_spread(gaps):>15} {mean_and_spread(shares):>13} "
                 f"{statistics.mean(row['initialization_seconds'] for row in runs):>8.1f}   "
                 + "; ".join(along(runs, name) for name in target)
             )
@@ -257,11 +252,6 @@ def along(runs: list[dict[str, Any]], name: str) -> str:
     return ", ".join(
         f"{statistics.mean(run['curve'][round(part * last)][name] for run in runs):.3f}" for part in SHOWN
     )
-
-
-def four(values: list[float]) -> str:
-    """Return mean and standard deviation to four digits."""
-    return f"{statistics.mean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0.0:.4f}"
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -311,7 +301,7 @@ def main(words: Sequence[str] | None = None) -> None:
         print(f"command: python {' '.join(sys.argv)}")
         for family in args.families:
             run(args, family)
-    rows = read(args.output)
+    rows = read_rows(args.output)
     print(table(rows))
     if not all(row["tuning"] for row in rows):
         plot(rows, args.output.with_suffix(".png"))

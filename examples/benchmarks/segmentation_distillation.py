@@ -10,7 +10,8 @@ arm takes the learning rate that is best on the validation canvases with a seed 
 """
 
 import argparse
-import json
+import statistics
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, Trainer, TrainingArguments, set_seed
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.results import append_row, mean_and_spread, read_rows
 from hf_guide import AutoStudentForSemanticSegmentation, DistillationArguments, DistillationTrainer
 
 SIDE, GARMENTS, THRESHOLD = 64, 4, 20
@@ -196,16 +200,10 @@ def run_once(
         write_row(args.output, train_student(teacher, data, arm, rate, args.steps, seed))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Return the runs of a file; none where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
 def write_row(path: Path, row: dict[str, Any]) -> None:
     """Append a run to a file, and print it."""
     print(row, flush=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+    append_row(path, row)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -215,9 +213,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         runs = [row for row in rows if row["arm"] == arm and row["seed"] != TUNING_SEED]
         if not runs:
             continue
-        before, test = (torch.tensor([row[name] for row in runs]).double() for name in ("validation_before", "test"))
-        spread = f"{test.mean():.1f} ± {test.std():.1f}"
-        lines.append(f"| {arm} | {runs[0]['learning_rate']:g} | {before.mean():.1f} | {spread} |")
+        before = statistics.mean(row["validation_before"] for row in runs)
+        test = mean_and_spread([row["test"] for row in runs], 1)
+        lines.append(f"| {arm} | {runs[0]['learning_rate']:g} | {before:.1f} | {test} |")
     lines += [f"| teacher | 0.001 | – | {row['test']:.1f} |" for row in rows if row["arm"] == "teacher"]
     return "\n".join(lines)
 

@@ -13,7 +13,6 @@ the loss after it, and the differences to the first start, seed by seed.
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -25,12 +24,13 @@ import torch
 from initialization_comparison import TUNING_SEED, Bench, drawn, learn, loss_of
 from small_teacher import BATCH, LENGTH
 from start_variants import STARTS, group_rates
-from student_shapes import overrides, rule_score, spearman
+from student_shapes import overrides, rule_score
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, mean_and_spread, read_rows, spearman
 from hf_guide import AutoStudentForCausalLM
 
 SHAPES = [
@@ -131,8 +131,8 @@ def table(rows: "list[dict[str, Any]]") -> str:
             ]
             lines.append(
                 f"{shape!s:24} {start:28} {objective:9} {math.exp(statistics.mean(untrained)):9.1f} "
-                f"{_spread([math.exp(loss) for loss in found.values()]):>20} ({len(found)})"
-                + (f"  {_spread(change)} %" if change else "")
+                f"{mean_and_spread([math.exp(loss) for loss in found.values()]):>20} ({len(found)})"
+                + (f"  {mean_and_spread(change)} %" if change else "")
             )
         lines += correlations([row for row in group if row["start"] == first and row["objective"] == "labels"])
     return "\n".join(lines)
@@ -146,10 +146,6 @@ def correlations(rows: "list[dict[str, Any]]") -> "list[str]":
     return [f"rank correlation with the loss after training, {len(rows)} shapes, labels:"] + [
         f"    {name:22} {spearman(list(map(score, rows)), ends):5.2f}" for name, score in SCORES.items()
     ]
-
-
-def _spread(values: "list[float]") -> str:
-    return f"{statistics.mean(values):.2f}" + (f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def main() -> None:
@@ -168,7 +164,7 @@ def main() -> None:
     parser.add_argument("--calibration-blocks", type=int, default=256, help="blocks of text for calibration")
     args = parser.parse_args()
     keep_freed_memory()
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = read_rows(args.output)
     jobs = [
         {"shape": list(SHAPES[shape]), "start": start, "objective": objective, "seed": seed}
         | {"tokens_per_parameter": args.tokens_per_parameter}
@@ -182,8 +178,7 @@ def main() -> None:
     for job in todo:
         assert bench is not None
         rows.append(run(bench, job, args))
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        append_row(args.output, rows[-1])
         print(job, [round(loss, 3) for _, loss in rows[-1]["curve"]], flush=True)
     print(describe_machine())
     print(table(rows))

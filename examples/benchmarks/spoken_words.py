@@ -24,6 +24,7 @@ from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassificati
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from examples.common.results import mean_and_spread
 from hf_guide import DistillationArguments, DistillationTrainer, from_teacher
 from hf_guide.data.sounds import decode_sound
 
@@ -103,10 +104,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| arm | before training | accuracy |", "|---|---|---|"]
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
-        values = [100 * row["accuracy"] for row in mine]
-        spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+        accuracies = mean_and_spread([100 * row["accuracy"] for row in mine], 1)
         before = f"{100 * statistics.mean(row['before'] for row in mine):.1f}" if "before" in mine[0] else ""
-        lines.append(f"| {arm} | {before} | {statistics.mean(values):.1f}{spread} |")
+        lines.append(f"| {arm} | {before} | {accuracies} |")
     return "\n".join(lines)
 
 

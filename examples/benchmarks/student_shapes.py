@@ -33,6 +33,7 @@ from examples.common.data import pack, read_documents, split_documents
 from examples.common.language_model import TrainingRecipe, cache_teacher, draw_blocks, evaluate, train
 from examples.common.machine import describe_machine
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, read_rows, spearman
 from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
 from hf_guide.shapes.candidates import rule_scores
@@ -196,8 +197,7 @@ def run_seed(shapes: "list[tuple[int, ...]]", args: argparse.Namespace) -> list[
         for shape in shapes:
             row = {**run_shape(shape, name, train_blocks, held_out, cache, args), "teacher": target}
             print(json.dumps(row), flush=True)
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
             rows.append(row)
     return rows
 
@@ -212,12 +212,6 @@ def rule_score(
     width, blocks, heads, _, head_size, mlp = shape
     sizes = {name: np.array([size]) for name, size in zip(names, (width, blocks, heads, mlp), strict=True)}
     return float(rule_scores(sizes, SizeFields(fields, head_size, teacher_head_size, False, {}, {}))[0])
-
-
-def spearman(first: "list[float]", second: "list[float]") -> float:
-    """Return the rank correlation of two lists without ties."""
-    ranks = [np.argsort(np.argsort(values)) for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
 
 
 SCORES = {
@@ -295,7 +289,7 @@ def main() -> int:
     parser.add_argument("--kd-weight", type=float, default=0.5)
     args = parser.parse_args()
     keep_freed_memory()
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = read_rows(args.output)
     tokens = args.steps * args.batch_size * LENGTH  # a block has LENGTH + 1: the last one is a target alone
     for seed in [] if args.table else args.seeds:
         args.seed = seed

@@ -37,6 +37,7 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.data import package_dir, read_wikipedia_topics
+from examples.common.results import append_row, mean_and_spread, read_rows
 from examples.common.teachers import default_encoder
 from hf_guide import DistillationArguments, DistillationTrainer, InitializationConfig, capture_teacher, from_teacher
 
@@ -200,9 +201,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             runs = [row for row in rows if row["task"] == task and row["arm"] == arm]
             if not runs:
                 continue
-            values = [[row[name] for row in runs] for name in names]
-            spread = ["" if len(each) < 2 else f" ± {np.std(each, ddof=1):.3f}" for each in values]
-            cells = [f"{np.mean(each):.3f}{text}" for each, text in zip(values, spread, strict=True)]
+            cells = [mean_and_spread([row[name] for row in runs], 3) for name in names]
             print(f"| {arm} | {runs[0]['parameters'] / 1e6:.1f} M | {' | '.join(cells)} |")
 
 
@@ -218,7 +217,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-4, help="of the students")
     parser.add_argument("--table", action="store_true", help="only print the table of the file")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.is_file() else []
+    rows = read_rows(args.output)
     disable_progress_bars()
     for task in [] if args.table else args.tasks:
         workload, folder = WORKLOADS[task], args.folder / task
@@ -241,9 +240,7 @@ def main() -> None:
                 }
                 row |= train_student(arm, seed, workload, folder, data, args.learning_rate)
             rows.append(row)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            with args.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
             print(row, flush=True)
     show(rows)
 

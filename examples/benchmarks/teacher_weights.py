@@ -9,8 +9,6 @@ alone. One JSON line per run is appended to --output; existing ones are not made
 """
 
 import argparse
-import json
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -23,6 +21,7 @@ from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClass
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from examples.common.results import append_row, mean_and_spread, read_rows
 from hf_guide import DistillationArguments, DistillationTrainer
 
 SHAPE = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10}
@@ -113,19 +112,17 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--steps", type=int, default=400)
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = read_rows(args.output)
     for seed in args.seeds:
         made = {row["arm"] for row in rows if row["seed"] == seed}
         if missing := [arm for arm in ARMS if arm not in made]:
             new = [row for row in run_seed(seed, missing, args.steps) if row["arm"] not in made]
             rows += new
-            with args.output.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in new)
+            for row in new:
+                append_row(args.output, row)
     print("| teachers | accuracy |\n|---|---|")
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        values = [row["accuracy"] for row in rows if row["arm"] == arm]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        print(f"| {arm} | {statistics.mean(values):.1f} ± {spread:.1f} |")
+        print(f"| {arm} | {mean_and_spread([row['accuracy'] for row in rows if row['arm'] == arm], 1)} |")
     return 0
 
 

@@ -40,6 +40,10 @@ from larger_than_memory import in_fresh_process, smollm2
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from examples.common.results import append_row
+
 SHAPE = {"hidden_size": 288, "intermediate_size": 768, "head_dim": 32, "num_hidden_layers": 6}
 TOKENS, LENGTH = 1024, 128
 
@@ -252,8 +256,7 @@ def main() -> int:
     def record(row: dict[str, Any]) -> None:
         row |= {"torch": torch.__version__, "machine": f"{os.cpu_count()} CPUs, {platform.machine()}"}
         print(row, flush=True)
-        with args.output.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(args.output, row)
 
     transformers.logging.disable_progress_bar()
     for stored in args.stored:

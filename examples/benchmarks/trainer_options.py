@@ -12,7 +12,6 @@ have half the width and half the depth, random at first, and 0.6 tokens a parame
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -29,6 +28,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedModel, defau
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, mean_and_spread, read_rows
 from hf_guide import AutoStudentForCausalLM, DistillationArguments, DistillationTrainer, capture_teacher
 
 TEACHERS = {"good": 1.5, "worse": 0.25}  # tokens a parameter
@@ -138,10 +138,9 @@ def table(rows: list[dict[str, Any]]) -> str:
         for arm in arms:
             mine = [row for row in rows if row["part"] == part and row["arm"] == arm]
             if mine:
-                values = [row["perplexity"] for row in mine]
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                perplexity = mean_and_spread([row["perplexity"] for row in mine], 1)
                 seconds = statistics.mean(row["seconds"] for row in mine)
-                lines.append(f"| {arm} | {statistics.mean(values):.1f} ± {spread:.1f} | {seconds:.0f} |")
+                lines.append(f"| {arm} | {perplexity} | {seconds:.0f} |")
     lines += ["\ncache", "| top_k | dtype | bytes per token | KD from the cache less KD live |", "|---|---|---|---|"]
     for config in CACHES:
         mine = [row for row in rows if row["part"] == "cache" and row["arm"] == config]
@@ -161,7 +160,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the table of --output alone")
     args = parser.parse_args()
     keep_freed_memory()
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = read_rows(args.output)
     if not args.table:
         models = {}
         for name, tokens in TEACHERS.items():
@@ -180,8 +179,7 @@ def main() -> int:
                 row = key | run_arm(ARMS[part][arm], seed, models, train, held_out)
             rows.append(row)
             print(row, flush=True)
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(args.output, row)
     print(table(rows))
     return 0
 

@@ -14,7 +14,6 @@ what is there already is not run again.
 
 import argparse
 import copy
-import json
 import math
 import sys
 import tempfile
@@ -30,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from examples.common.data import pack, read_documents, split_documents
 from examples.common.language_model import TrainingRecipe, cache_teacher, draw_blocks, evaluate, train
 from examples.common.malloc import keep_freed_memory
+from examples.common.results import append_row, mean_and_spread, read_rows
 from examples.common.teachers import default_language_model
 from hf_guide import AutoStudentForCausalLM, from_teacher
 from hf_guide.calibration.vocabulary import VocabularyReducer
@@ -223,23 +223,17 @@ def table(rows: list[dict[str, Any]]) -> str:
     for arm in dict.fromkeys(row["arm"] for row in rows):
         mine = [row for row in rows if row["arm"] == arm]
         untrained = "bits_per_byte_before" if "parameters" in mine[0] else "bits_per_byte"
-        trained = _spread([row["bits_per_byte"] for row in mine if "tokens" in row])
         columns = [
-            [100 * row.get("share_kept", math.nan) for row in mine],
-            [row.get("token_ratio", math.nan) for row in mine],
+            [100 * row["share_kept"] for row in mine if "share_kept" in row],
+            [row["token_ratio"] for row in mine if "token_ratio" in row],
+            [row[untrained] for row in mine],
+            [row["summed"] for row in mine if "summed" in row],
+            [row["own_tokens"] for row in mine if "own_tokens" in row],
+            [row["bits_per_byte"] for row in mine if "tokens" in row],
         ]
-        sums = [_spread([row[name] for row in mine if name in row]) for name in ("summed", "own_tokens")]
-        cells = [*map(_spread, columns), _spread([row[untrained] for row in mine]), *sums, trained]
+        cells = [mean_and_spread(column, digits=3, none="") for column in columns]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = sum(values) / len(values)
-    spread = math.sqrt(sum((value - mean) ** 2 for value in values) / max(len(values) - 1, 1))
-    return f"{mean:.3f} ± {spread:.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 def main() -> int:
@@ -263,14 +257,13 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="print the table of --output alone")
     args = parser.parse_args()
     keep_freed_memory()
-    rows = [json.loads(line) for line in args.output.read_text().splitlines()] if args.output.exists() else []
+    rows = read_rows(args.output)
     for seed in [] if args.table else args.seeds:
         done = {row["arm"] for row in rows if row["seed"] == seed}
         runs = {"teacher": run_teacher, "students": run_students, "tokenizer": run_tokenizer}
         for row in runs[args.arms](seed, done, args):
             rows.append({"seed": seed, **row, "held_out_documents": args.held_out_documents})
-            with args.output.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
+            append_row(args.output, rows[-1])
             print(rows[-1], flush=True)
     print(table(rows))
     return 0

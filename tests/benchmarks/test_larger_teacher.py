@@ -46,10 +46,10 @@ def args(tmp_path, monkeypatch):
 def test_runs_go_on_and_have_their_rates_chosen(args):
     bench = larger_teacher.Bench.prepare(args)
     larger_teacher.run(bench, args)
-    rows = comparison.read(args.output)
+    rows = comparison.read_rows(args.output)
     args.output.write_text("".join(json.dumps(row) + "\n" for row in rows[:-1]))
     larger_teacher.run(bench, args)
-    again = comparison.read(args.output)
+    again = comparison.read_rows(args.output)
     kept = [key for key in rows[-1] if "seconds" not in key]
     assert [[row[key] for key in kept] for row in again] == [[row[key] for key in kept] for row in rows]
     runs = [(row["arm"], row["objective"]) for row in rows if not row["tuning"]]
@@ -64,13 +64,13 @@ def test_runs_go_on_and_have_their_rates_chosen(args):
 def test_no_run_is_begun_that_would_end_too_late(args):
     args.minutes = 0.0
     larger_teacher.run(larger_teacher.Bench.prepare(args), args)
-    assert comparison.read(args.output) == []
+    assert comparison.read_rows(args.output) == []
 
 
 def test_only_the_runs_that_are_asked_for_are_made(args):
     args.arms, args.objectives = ["random"], ["KD"]
     larger_teacher.run(larger_teacher.Bench.prepare(args), args)
-    rows = comparison.read(args.output)
+    rows = comparison.read_rows(args.output)
     assert [(row["arm"], row["objective"]) for row in rows if not row["tuning"]] == [("random", "KD")]
     assert {(row["arm"], row["objective"]) for row in rows if row["tuning"]} == {("random", "labels")}
     curves.plot(rows, args.output.with_suffix(".png"))
@@ -90,7 +90,7 @@ def test_every_arm_is_run_at_every_shape_and_seed_on_as_many_tokens_as_are_asked
     args.arms, args.objectives, args.seeds = ["subcloning"], ["labels"], [0, 1]
     args.shapes, args.tuning_share, args.calibration_blocks = [larger_teacher.FIRST, other], 5, 4
     larger_teacher.run(larger_teacher.Bench.prepare(args), args)
-    rows = comparison.read(args.output)
+    rows = comparison.read_rows(args.output)
     runs = [(row["shape"], row["seed"]) for row in rows if not row["tuning"]]
     assert runs == [(shape, seed) for seed in (0, 1) for shape in (larger_teacher.FIRST, other)]
     assert {row["curve"][-1][0] for row in rows if row["tuning"]} == {31 // 5 * 2 * 16}
