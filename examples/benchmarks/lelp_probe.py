@@ -7,12 +7,13 @@ For each set a probe by its defaults, of as many steps as the training that it i
 benchmark by LELP and by KD on the examples that students learn from, of which another third is held out for each seed; it
 does not read the parts for validation and test. Each probe is one line of
 results/lelp_probe.jsonl (or of --probes), written when it is done; killed at any moment, the same command goes on. The report
-compares verdicts with the gain of LELP over KD on the test part, which counts as help where it exceeds its spread.
+compares verdicts with the gain of LELP over KD on the test part.
 """
 
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -59,31 +60,45 @@ def probe_set(name: str, args: Any) -> dict[str, Any]:
     return probe.to_dict() | {"seconds": round(time.perf_counter() - began, 1)}
 
 
-def measured_gain(runs: Runs, run: dict[str, Any]) -> tuple[float, float] | None:
-    """Return the gain of LELP over KD in points, and its spread over the seeds; None where it was not measured."""
-    (_, kd), (_, lelp) = runs.within(run, "kd"), runs.within(run, "lelp")
-    gains = [100 * (lelp[seed]["test"] - kd[seed]["test"]) for seed in lelp if seed in kd]
+def measured_gain(runs: Runs, defaults: Runs, run: dict[str, Any]) -> tuple[float, float] | None:
+    """Return the gain of LELP over KD in points, and its spread over the seeds; None where it was not measured.
+
+    LELP has its tuned settings, or the defaults where these are better on the validation part, as where the tuned ones are
+    those of another set.
+    """
+    (_, kd), candidates = runs.within(run, "kd"), [each.within(run, "lelp")[1] for each in (runs, defaults)]
+    best = max(candidates, key=lambda found: statistics.mean([row["validation"] for row in found.values()] or [0.0]))
+    gains = [100 * (best[seed]["test"] - kd[seed]["test"]) for seed in best if seed in kd]
     return (statistics.mean(gains), statistics.stdev(gains)) if len(gains) > 1 else None
 
 
-def report(probes: list[dict[str, Any]], runs: Runs) -> None:
-    """Print a line for each probe, and how many are right."""
-    right = undecided = count = 0
+def report(probes: list[dict[str, Any]], runs: Runs, defaults: Runs) -> None:
+    """Print a line for each probe, and how many are right.
+
+    LELP helps where its gain exceeds the spread over the seeds, and loses where its loss does. A verdict is right that
+    recommends LELP where it helps, and does not where it loses; where it does neither, both are right, and the number of
+    recommendations is printed.
+    """
+    outcomes: Counter[tuple[str, bool]] = Counter()
     for row in probes:
         run, probe = row["run"], row["result"]
-        measured = measured_gain(runs, run)
+        measured = measured_gain(runs, defaults, run)
         name = ", ".join(str(run[each]) for each in ("set", "teacher", "transfer", "share", "initialization", "steps"))
         outcome = "not measured"
         if measured is not None:
-            helps = measured[0] > measured[1]
-            outcome = f"{measured[0]:+5.2f} ± {measured[1]:.2f} {'helps' if helps else ''}"
-            count += 1
-            undecided += probe["verdict"] == "undecided"
-            right += probe["verdict"] == ("likely to help" if helps else "unlikely to help")
+            gain, spread = measured
+            kind = "helps" if gain > spread else "loses" if gain < -spread else "neither"
+            outcome = f"{gain:+5.2f} ± {spread:.2f} {kind}"
+            outcomes[kind, probe["verdict"] == "likely to help"] += 1
         print(
             f"{name:55} probe {probe['gain']:+5.2f} ± {probe['gain_error']:.2f} {probe['verdict']:16} measured {outcome}"
         )
-    print(f"{right} of {count} verdicts are right, {undecided} undecided")
+    wrong = outcomes["helps", False] + outcomes["loses", True]
+    for kind in ("helps", "neither", "loses"):
+        print(
+            f"{kind}: recommended in {outcomes[kind, True]} of {outcomes[kind, True] + outcomes[kind, False]} settings"
+        )
+    print(f"{outcomes.total() - wrong} of {outcomes.total()} verdicts are right")
 
 
 def main() -> int:
@@ -106,7 +121,7 @@ def main() -> int:
                 append_row(args.probes, probes[-1])
                 print(f"{name}: {probes[-1]['result']['gain']:+.2f} {probes[-1]['result']['verdict']}", flush=True)
     rows = args.rows or RESULTS / "lelp_comparison.jsonl"
-    report(probes, Runs(rows, args.tune_seeds))
+    report(probes, Runs(rows, args.tune_seeds), Runs(RESULTS / "lelp_defaults.jsonl", args.tune_seeds))
     return 0
 
 

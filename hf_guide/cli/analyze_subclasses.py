@@ -66,7 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--student", metavar="NAME", help="student of the probe: Hub id or folder; by default smaller than the teacher"
     )
     parser.add_argument(
-        "--steps", type=int, default=900, metavar="N", help="steps of the probe's students (default: 900)"
+        "--steps",
+        type=int,
+        default=900,
+        metavar="N",
+        help="steps of the probe's students: your training's, if fewer (default: 900)",
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="students of each objective in the probe")
     add_hub_arguments(parser)

@@ -111,7 +111,8 @@ def probe_subclasses(
         student: A model, of which copies are trained, or a config of the teacher's class, for random weights. None takes a
             quarter of the teacher's width and a third of its depth, with random weights.
         projector: Of this teacher; None fits one to the examples, by the defaults of `fit_subclasses`.
-        steps, num_seeds, batch_size: Of the students.
+        steps, num_seeds, batch_size: Of the students. Pass the steps of your training where they are fewer than the default:
+            the gain grows with them.
         learning_rate: Of AdamW; None takes 0.128 / width of the features, at most 0.002.
         max_samples: Of each dataset.
         seed: Of the examples, the splits and the students.
