@@ -1,8 +1,8 @@
-"""Which blocks to keep: those of greatest influence, one by one, or a set chosen by greedy removal?
+"""Which blocks to keep: those of greatest influence, or a set chosen by a local search from these, or by greedy removal?
 
-Students of SmolLM2-135M at its full width and a third or half of its depth, made by `calibrated`. Each seed draws its own
-calibration text, training text and held-out text. The perplexity is of held-out text, untrained and, with --steps, after
-distillation (half CE, half forward KL) from a capture. One JSON line per seed, depth and arm is appended to --output;
+Students of SmolLM2-135M at its full width and a third, half or two thirds of its depth, made by `calibrated`. Each seed draws
+its own calibration text, training text and held-out text. The perplexity is of held-out text, untrained and, with --steps,
+after distillation (half CE, half forward KL) from a capture. One JSON line per seed, depth and arm is appended to --output;
 existing ones are not made again.
 
     python examples/benchmarks/block_selection.py --output block_selection.jsonl --seeds 0 1 2 3 --depths 10
@@ -33,7 +33,7 @@ from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
 
 LENGTH = 256
-ARMS = ("block_influence", "greedy")
+ARMS = ("block_influence", "local_search", "greedy")
 
 
 def run_arm(
@@ -96,13 +96,14 @@ def run_seed(todo: "list[tuple[int, str]]", args: argparse.Namespace) -> list[di
 def table(rows: "list[dict[str, Any]]") -> str:
     """Return a line for each depth and arm: mean and deviation over seeds of the perplexities, and of each seed the blocks."""
     lines = []
-    for depth, arm in dict.fromkeys((row["depth"], row["arm"]) for row in rows):
-        of_arm = [row for row in rows if (row["depth"], row["arm"]) == (depth, arm)]
-        cells = [f"{depth} blocks, {arm:16}"]
-        for key in ("untrained", "trained"):
-            found = [row[key] for row in of_arm if key in row]
+    keys = ("depth", "calibration_tokens", "arm")
+    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
+        of_arm = [row for row in rows if tuple(row[name] for name in keys) == key]
+        cells = [f"{key[0]} blocks, {key[1]:,} calibration tokens, {key[2]:16}"]
+        for name in ("untrained", "trained"):
+            found = [row[name] for row in of_arm if name in row]
             if found:
-                cells.append(f"{key} {mean_and_spread(found, 1)} ({len(found)})")
+                cells.append(f"{name} {mean_and_spread(found, 1)} ({len(found)})")
         cost = statistics.mean(row["cpu_seconds"] for row in of_arm)
         lines.append(", ".join([*cells, f"{cost:.0f} CPU seconds"]))
         lines += [f"    seed {row['seed']}: {row['untrained']:.1f}, {row['blocks']}" for row in of_arm]
@@ -113,6 +114,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("block_selection.jsonl"))
     parser.add_argument("--table", action="store_true", help="only print the table of existing rows")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--depths", type=int, nargs="+", default=[10, 15])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=0)
@@ -127,9 +129,10 @@ def main() -> int:
     for seed in [] if args.table else args.seeds:
         args.seed = seed
         tokens = args.steps * args.batch_size * LENGTH  # a block has LENGTH + 1: the last one is a target alone
-        same = [row for row in rows if (row["seed"], row.get("tokens", 0)) == (seed, tokens)]
+        run = (seed, tokens, args.calibration_tokens)
+        same = [row for row in rows if (row["seed"], row.get("tokens", 0), row["calibration_tokens"]) == run]
         done = {(row["depth"], row["arm"]) for row in same}
-        todo = [(depth, arm) for depth in args.depths for arm in ARMS if (depth, arm) not in done]
+        todo = [(depth, arm) for depth in args.depths for arm in args.arms if (depth, arm) not in done]
         if todo:
             rows += run_seed(todo, args)
     print(f"\n{describe_machine()}")

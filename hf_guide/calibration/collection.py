@@ -46,7 +46,7 @@ class CalibrationResult:
         seconds: How long it took.
         self_generated: Whether the teacher generated the text.
         checkpoint: Where later steps are saved and continued from.
-        removals: By stack, the blocks that were removed one by one, where that is how they are selected.
+        removals: By stack, the blocks that were chosen as a set, where that is how they are selected.
     """
 
     teacher: SequentialModel
@@ -58,9 +58,9 @@ class CalibrationResult:
 
     @property
     def block_scores(self) -> dict[str, Tensor]:
-        """By stack, scores by which blocks are selected, the largest first: their influence, or the order of removal."""
+        """By stack, scores by which blocks are selected, the largest first: their influence, or those of the set first."""
         influence = self.statistics.block_influence
-        removed = {stack: each.scores(len(influence[stack])) for stack, each in self.removals.items()}
+        removed = {stack: each.scores(influence[stack]) for stack, each in self.removals.items()}
         return influence | removed
 
 

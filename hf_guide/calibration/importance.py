@@ -52,17 +52,24 @@ class BlockRemoval:
         removed: The blocks, in the order of their removal, each with the sample's loss in nats without it and those before it.
         kept: The blocks that were chosen, in order.
         influence_loss: The sample's loss with the blocks of greatest influence instead.
+        exchanged: Of a local search, each block that was dropped, the one that was taken for it, and the sample's loss then.
     """
 
     removed: list[tuple[int, float]] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     influence_loss: float = float("nan")
+    exchanged: list[tuple[int, int, float]] = field(default_factory=list)
 
-    def scores(self, depth: int) -> Tensor:
-        """Return scores of which the blocks that were kept have the largest, (blocks,) float64; of others the last removed."""
+    def scores(self, influence: Tensor) -> Tensor:
+        """Return scores of which the blocks that were kept have the largest, (blocks,) float64.
+
+        Of the others those have the largest that were removed last, or that were not removed one by one, by their influence.
+        """
+        depth = len(influence)
         scores = torch.full((depth,), float(depth), dtype=torch.float64)
         order = [block for block, _ in self.removed if block not in self.kept]
-        others = [block for block in range(depth) if block not in self.kept and block not in order]
+        by_influence: list[int] = influence.argsort(stable=True).tolist()
+        others = [block for block in by_influence if block not in self.kept and block not in order]
         for position, block in enumerate([*order, *others]):
             scores[block] = position
         return scores

@@ -26,10 +26,11 @@ class LayerSelection(StringEnum):
     FIRST = "first"
     FIRST_LAST = "first_last"
     BLOCK_INFLUENCE = "block_influence"
+    LOCAL_SEARCH = "local_search"
     GREEDY = "greedy"
 
 
-MEASURED_SELECTIONS = (LayerSelection.BLOCK_INFLUENCE, LayerSelection.GREEDY)
+MEASURED_SELECTIONS = (LayerSelection.BLOCK_INFLUENCE, LayerSelection.LOCAL_SEARCH, LayerSelection.GREEDY)
 """The rules that need the teacher's activations."""
 
 
@@ -267,14 +268,15 @@ def builtin_renames(
 def layer_selection_field(default: LayerSelection) -> Any:
     """Return the field of `layer_selection`, which most methods have, with a method's own default."""
     influence = (
-        ", block_influence (those that change the residual stream most), greedy (blocks are removed one by one, each time the "
-        "one without which the loss on 512 calibration tokens is lowest)"
+        ", block_influence (those that change the residual stream most), local_search (the same, then exchanged for blocks of "
+        "nearly as much influence while that lowers the loss on 512 calibration tokens), greedy (blocks are removed one by "
+        "one, each time the one without which that loss is lowest)"
     )
     return field(
         default=default.value,
         metadata={
             "help": "Which teacher block feeds each student block: uniform (evenly spaced), first, first_last (the middle is "
-            f"left out){influence if default == LayerSelection.BLOCK_INFLUENCE else ''}, a list of block numbers, or a "
+            f"left out){influence if default in MEASURED_SELECTIONS else ''}, a list of block numbers, or a "
             "mapping from stack (such as encoder.block) to a list."
         },
     )
