@@ -21,7 +21,7 @@ from hf_guide.calibration.data import (
     load_calibration_batches,
 )
 from hf_guide.calibration.forward import running_device
-from hf_guide.calibration.importance import BlockRemoval
+from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.modules import ModuleMap, find_modules, linear_weight
 from hf_guide.calibration.resume import CalibrationCheckpoint, describe_data, load_text
 from hf_guide.calibration.self_generation import generate_calibration_text
@@ -46,7 +46,7 @@ class CalibrationResult:
         seconds: How long it took.
         self_generated: Whether the teacher generated the text.
         checkpoint: Where later steps are saved and continued from.
-        removals: By stack, the blocks that were chosen as a set, where that is how they are selected.
+        block_selections: By stack, the blocks that were chosen as a set, where that is how they are selected.
     """
 
     teacher: SequentialModel
@@ -54,13 +54,13 @@ class CalibrationResult:
     seconds: float
     self_generated: bool = False
     checkpoint: CalibrationCheckpoint | None = None
-    removals: dict[str, BlockRemoval] = field(default_factory=dict)
+    block_selections: dict[str, BlockSelection] = field(default_factory=dict)
 
     @property
     def block_scores(self) -> dict[str, Tensor]:
         """By stack, scores by which blocks are selected, the largest first: their influence, or those of the set first."""
         influence = self.statistics.block_influence
-        removed = {stack: each.scores(influence[stack]) for stack, each in self.removals.items()}
+        removed = {stack: each.scores(influence[stack]) for stack, each in self.block_selections.items()}
         return influence | removed
 
 

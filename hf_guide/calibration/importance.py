@@ -45,8 +45,8 @@ def top_influence_blocks(influence: Tensor, count: int) -> list[int]:
 
 
 @dataclass
-class BlockRemoval:
-    """The blocks of one stack that were removed.
+class BlockSelection:
+    """The blocks of one stack that were chosen as a set.
 
     Attributes:
         removed: The blocks, in the order of their removal, each with the sample's loss in nats without it and those before it.

@@ -13,7 +13,7 @@ each block were called with. On a CPU it is kept in temporary files, as long as 
 
 With `layer_selection="local_search"` the blocks of most influence are exchanged for others while the loss on 512 tokens
 falls, in up to 28 runs of the student's depth on these. With "greedy" blocks are removed one by one, which takes about 2.6
-times the teacher's depth in passes over them (`calibration/block_removal.py`).
+times the teacher's depth in passes over them (`calibration/block_selection.py`).
 
 Memory: of activations, for all tokens of a process, the teacher's hidden states after each stack; and while a block is
 refitted those before it, up to four more tensors of that width (the residual stream between attention and MLP, the inputs of
@@ -34,7 +34,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.basis import fit_activation_bases
-from hf_guide.calibration.block_removal import check_removable, select_blocks
+from hf_guide.calibration.block_selection import check_comparable, select_blocks
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.cost import calibration_parts
@@ -99,7 +99,7 @@ class CalibratedMethod(InitializationMethod):
         self.stacks = plan.block_mapping
         selection = self.config.layer_selection
         by_set = selection in (LayerSelection.LOCAL_SEARCH, LayerSelection.GREEDY)
-        comparison = check_removable(setup, self.stacks) if by_set else None
+        comparison = check_comparable(setup, self.stacks) if by_set else None
         folder = None if setup.calibration_cache_dir is None else Path(setup.calibration_cache_dir)
         call = describe_call(setup.teacher, setup.model_class, setup.config, setup.dtype, self.config)
         self.calibration = collect_calibration(
@@ -114,7 +114,7 @@ class CalibratedMethod(InitializationMethod):
         )
         if comparison is not None:
             counts = {stack: len(blocks) for stack, blocks in self.stacks.items()}
-            self.calibration.removals = select_blocks(
+            self.calibration.block_selections = select_blocks(
                 self.calibration,
                 counts,
                 comparison,
@@ -220,7 +220,7 @@ class CalibratedMethod(InitializationMethod):
             "block_influence": influence,
         }
         for name in ("removed", "exchanged"):
-            found = {stack: getattr(removal, name) for stack, removal in calibration.removals.items()}
+            found = {stack: getattr(each, name) for stack, each in calibration.block_selections.items()}
             if any(found.values()):
                 facts[f"{name}_blocks"] = {stack.removesuffix(".{block}"): each for stack, each in found.items()}
         with calibration_mode(teacher), calibration_mode(student):

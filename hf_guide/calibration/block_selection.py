@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 
 from hf_guide.calibration.collection import CalibrationResult
 from hf_guide.calibration.forward import calibration_mode
-from hf_guide.calibration.importance import BlockRemoval, top_influence_blocks
+from hf_guide.calibration.importance import BlockSelection, top_influence_blocks
 from hf_guide.calibration.output_comparison import OutputComparison
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.sequential import (
@@ -54,11 +54,11 @@ SAMPLE_EXAMPLES = 8
 STEP, EXCHANGE_STEP = "removed_blocks", "exchanged_blocks"
 """Of a resumable calibration, the steps that hold what was removed so far, and what a local search chose."""
 
-_WHAT = "Removals of blocks"
+_WHAT = "Sets of blocks"
 _ADVICE = "Set layer_selection='block_influence'."
 
 
-def check_removable(setup: StudentSetup, stacks: Collection[str]) -> OutputComparison:
+def check_comparable(setup: StudentSetup, stacks: Collection[str]) -> OutputComparison:
     """Return what compares a teacher's outputs with those without a block.
 
     Raises:
@@ -78,7 +78,7 @@ def select_blocks(
     *,
     greedy: bool,
     show_progress: bool = False,
-) -> dict[str, BlockRemoval]:
+) -> dict[str, BlockSelection]:
     """Return, by stack, which blocks to keep, so many as `counts` has; empty where no stack loses a block.
 
     The loss of the sample without the other blocks is never larger than with the blocks of greatest influence.
@@ -86,7 +86,7 @@ def select_blocks(
     Args:
         calibration: What was collected of the teacher.
         counts: By stack, the student's blocks.
-        comparison: As `check_removable` returned it.
+        comparison: As `check_comparable` returned it.
         greedy: Whether blocks are removed one by one; otherwise by a local search.
         show_progress: Whether to show a progress bar.
 
@@ -147,17 +147,17 @@ class _Search:
         final = self._run_from(0, self.blocks.hidden_states, keeps=True)
         self.reference = list(self._outputs(final)) if comparison.needs_teacher else []
 
-    def exchange(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockRemoval:
+    def exchange(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockSelection:
         """Exchange blocks of the `count` of most influence while the loss falls."""
         saved = None if self.checkpoint is None else self.checkpoint.load_step(EXCHANGE_STEP)
         if saved is not None:
             facts: dict[str, Any] = saved[1]
             exchanged = [(int(out), int(taken), float(loss)) for out, taken, loss in facts["exchanged"]]
-            return BlockRemoval([], list(facts["kept"]), facts["influence_loss"], exchanged)
+            return BlockSelection([], list(facts["kept"]), facts["influence_loss"], exchanged)
         order: list[int] = influence.argsort(descending=True, stable=True).tolist()
         self.kept = top_influence_blocks(influence, count)
         loss = self._loss(self._run_from(0, self.blocks.hidden_states, keeps=True))
-        selection = BlockRemoval([], [], loss)
+        selection = BlockSelection([], [], loss)
         total = MAX_EXCHANGES * EXCHANGED**2
         with tqdm(total=total, desc="calibration: blocks", unit="set", disable=not show_progress) as bar:
             while len(selection.exchanged) < MAX_EXCHANGES:
@@ -201,7 +201,7 @@ class _Search:
         finally:
             self.kept = kept
 
-    def remove(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockRemoval:
+    def remove(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockSelection:
         """Remove blocks until `count` are left."""
         removal, losses = self._resume()
         total = len(self.kept) - count
@@ -277,20 +277,20 @@ class _Search:
         all_reduce_sum_([sums])
         return (sums[0] / sums[1].clamp(min=1)).item()
 
-    def _resume(self) -> tuple[BlockRemoval, dict[int, float]]:
+    def _resume(self) -> tuple[BlockSelection, dict[int, float]]:
         """Return what an earlier run removed, and the losses that it knew; the removals are made again."""
         saved = None if self.checkpoint is None else self.checkpoint.load_step(STEP)
         if saved is None:
-            return BlockRemoval(), {}
+            return BlockSelection(), {}
         facts: dict[str, Any] = saved[1]
-        removal = BlockRemoval([(int(block), float(loss)) for block, loss in facts["removed"]])
+        removal = BlockSelection([(int(block), float(loss)) for block, loss in facts["removed"]])
         gone = {block for block, _ in removal.removed}
         self.kept = [block for block in self.kept if block not in gone]
         self.before.clear()
         self._run_from(0, self.blocks.hidden_states, keeps=True)
         return removal, {int(block): float(loss) for block, loss in facts["losses"]}
 
-    def _save(self, removal: BlockRemoval, losses: Mapping[int, float]) -> None:
+    def _save(self, removal: BlockSelection, losses: Mapping[int, float]) -> None:
         if self.checkpoint is not None:
             facts = {"removed": removal.removed, "losses": list(losses.items())}
             self.checkpoint.save_step(STEP, {"kept": torch.tensor(self.kept)}, facts)

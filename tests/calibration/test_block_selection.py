@@ -8,8 +8,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from hf_guide import OptionError, from_teacher
-from hf_guide.calibration import block_removal
-from hf_guide.calibration.importance import BlockRemoval
+from hf_guide.calibration import block_selection
+from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.reconstruction import BlockReconstructor
 from tests.calibration.test_output_comparison import teacher_of
 from tests.tiny import KINDS, same_bits
@@ -131,14 +131,14 @@ def test_a_killed_search_ends_with_the_same_blocks(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         from_teacher(teacher, method=method, calibration_cache_dir=tmp_path, **options)
     monkeypatch.setattr(BlockReconstructor, "refit", refit)
-    monkeypatch.setattr(block_removal._Search, "_loss", None)  # nothing is evaluated again
+    monkeypatch.setattr(block_selection._Search, "_loss", None)  # nothing is evaluated again
     resumed = from_teacher(teacher, method=method, calibration_cache_dir=tmp_path, **options)
     assert same_bits(resumed, whole)
     assert resumed.initialization_report.calibration["exchanged_blocks"]
 
 
 def test_a_killed_removal_goes_on_with_what_it_had_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, remove = KINDS["llama"].teacher(), block_removal._Search._remove
+    teacher, remove = KINDS["llama"].teacher(), block_selection._Search._remove
     whole = student(teacher, "greedy").initialization_report.calibration["removed_blocks"]
 
     def stop_at_second(search: Any, block: int) -> None:
@@ -146,19 +146,19 @@ def test_a_killed_removal_goes_on_with_what_it_had_removed(tmp_path: Path, monke
             raise KeyboardInterrupt
         remove(search, block)
 
-    monkeypatch.setattr(block_removal._Search, "_remove", stop_at_second)
+    monkeypatch.setattr(block_selection._Search, "_remove", stop_at_second)
     with pytest.raises(KeyboardInterrupt):
         student(teacher, "greedy", calibration_cache_dir=tmp_path)
     removals: list[int] = []
     monkeypatch.setattr(
-        block_removal._Search, "_remove", lambda search, block: removals.append(block) or remove(search, block)
+        block_selection._Search, "_remove", lambda search, block: removals.append(block) or remove(search, block)
     )
     resumed = student(teacher, "greedy", calibration_cache_dir=tmp_path).initialization_report
     assert resumed.calibration["removed_blocks"] == whole and removals == [whole["layers"][1][0]]
 
 
 def test_the_set_of_greatest_influence_is_kept_where_its_loss_is_lower() -> None:
-    removal = BlockRemoval([(1, 2.0), (2, 3.0)], kept=[1, 3])
+    removal = BlockSelection([(1, 2.0), (2, 3.0)], kept=[1, 3])
     scores = removal.scores(torch.tensor([0.1, 0.4, 0.3, 0.2]))
     assert scores.topk(2).indices.sort().values.tolist() == [1, 3] and scores[2] < scores[1]
 
@@ -177,7 +177,7 @@ def test_encoders_are_scored_by_how_far_they_are_from_the_teacher(name: str) -> 
 def test_a_single_embedding_is_an_error() -> None:
     teacher, data = teacher_of("feature-extraction")
     one = [{"input_ids": data[0]["input_ids"][:1]}]
-    with pytest.raises(OptionError, match="Removals of blocks .* has 1 for it: pass more data"):
+    with pytest.raises(OptionError, match="Sets of blocks .* has 1 for it: pass more data"):
         from_teacher(
             teacher,
             method=EXACT | {"layer_selection": "greedy"},
