@@ -135,16 +135,18 @@ def run_seed(arms: "list[str]", seed: int, args: argparse.Namespace) -> "list[di
 
 def table(rows: "list[dict[str, Any]]") -> str:
     """Return the perplexities of each arm, mean and standard deviation over seeds."""
-    lines = [f"{'':36} {'parameters':>11} {'untrained':>16} {'trained':>22}"]
-    for arm in dict.fromkeys(row["arm"] for row in rows):
-        found = [row for row in rows if row["arm"] == arm]
+    lines = [f"{'':42} {'calibration':>11} {'parameters':>11} {'untrained':>16} {'trained':>22}"]
+    for arm, tokens in dict.fromkeys((row["arm"], row["calibration_tokens"]) for row in rows):
+        found = [row for row in rows if (row["arm"], row["calibration_tokens"]) == (arm, tokens)]
         untrained = {row["seed"]: row["untrained"] for row in found}
         trained: dict[int, list[float]] = {}
         for row in found:
             if "trained" in row:
                 trained.setdefault(row["tokens"], []).append(row["trained"])
-        after = "; ".join(f"{perplexities(losses)} after {tokens:,} tokens" for tokens, losses in trained.items())
-        lines.append(f"{arm:36} {found[0]['parameters']:11,} {perplexities(untrained.values()):>16} {after}")
+        after = "; ".join(f"{perplexities(losses)} after {count:,} tokens" for count, losses in trained.items())
+        lines.append(
+            f"{arm:42} {tokens:11,} {found[0]['parameters']:11,} {perplexities(untrained.values()):>16} {after}"
+        )
     return "\n".join(lines)
 
 
