@@ -28,6 +28,7 @@ from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
     HfArgumentParser,
+    PreTrainedTokenizerBase,
     set_seed,
 )
 
@@ -82,6 +83,12 @@ def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
     return raw
 
 
+def no_answer_token(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the position that is the answer of a question without one: of the CLS or the BOS token, or else the first."""
+    candidates = [token for token in (tokenizer.cls_token_id, tokenizer.bos_token_id) if token in ids]
+    return ids.index(candidates[0]) if candidates else 0
+
+
 def answer_tokens(offsets: list[list[int]], parts: list[int | None], answers: dict, none: int) -> tuple[int, int]:
     """Return the first and the last token of an answer; `none` for both if this piece of the context lacks it."""
     if not answers["text"]:
@@ -105,7 +112,7 @@ def predict_answers(
     for feature, start, end in zip(features, *logits, strict=True):
         inside = np.array([offset is not None for offset in feature["offset_mapping"]])
         inside = np.pad(inside, (0, len(start) - len(inside)))  # a batch is padded, and so are its logits
-        none = feature["input_ids"].index(feature["none_id"])
+        none = feature["none"]
         scores = np.where(inside, start, -np.inf)[:, None] + np.where(inside, end, -np.inf)[None, :]
         scores = np.triu(scores) - np.where(np.tri(len(start), k=-1), np.inf, 0)  # the end is not before the start
         scores[np.triu_indices(len(start), k=max_answer_length)] = -np.inf
@@ -152,7 +159,6 @@ def main() -> None:
         model_args.tokenizer_name or training_args.teacher or model_args.model_name_or_path
     )
     tokenizer.padding_side = "right"
-    none_id = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
     model = None  # the trainer makes it from the teacher, with `student_init_kwargs`
     if model_args.model_name_or_path:
         model = AutoModelForQuestionAnswering.from_pretrained(
@@ -170,15 +176,15 @@ def main() -> None:
             return_offsets_mapping=True,
         )
         rows = encoded.pop("overflow_to_sample_mapping")
-        features = dict(encoded) | {"start_positions": [], "end_positions": [], "example_id": [], "none_id": []}
+        features = dict(encoded) | {"start_positions": [], "end_positions": [], "example_id": [], "none": []}
         for number, row in enumerate(rows):
             parts, offsets = encoded.sequence_ids(number), encoded["offset_mapping"][number]
-            none = encoded["input_ids"][number].index(none_id)
+            none = no_answer_token(encoded["input_ids"][number], tokenizer)
             start, end = answer_tokens(offsets, parts, examples["answers"][row], none)
             features["start_positions"].append(start)
             features["end_positions"].append(end)
             features["example_id"].append(examples["id"][row])
-            features["none_id"].append(none_id)
+            features["none"].append(none)
             features["offset_mapping"][number] = [
                 offset if part == 1 else None for offset, part in zip(offsets, parts, strict=True)
             ]

@@ -1,5 +1,6 @@
 """Questions and labels become what the models' losses take: spans, choices, real numbers, several classes at once."""
 
+import copy
 from typing import Any
 
 import datasets
@@ -46,7 +47,7 @@ def test_the_span_of_an_answer_is_its_text_in_every_piece_that_has_it() -> None:
 
 def test_a_tokenizer_that_adds_no_special_token_points_at_the_first_token_for_no_answer() -> None:
     """As GPT-2's, which has a bos_token and does not add it."""
-    tok = tokenizer()
+    tok = copy.deepcopy(tokenizer())  # the tests share one
     tok.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1", special_tokens=[])
     rows = datasets.Dataset.from_list([question("the great machine"), question(None)])
     arguments = DataArguments(data_files=["rows.json"], max_length=64)

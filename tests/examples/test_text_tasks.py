@@ -135,7 +135,7 @@ def test_answers_are_found_again_in_their_context():
     assert answer_tokens(offsets, parts, {"text": [], "answer_start": []}, 0) == (0, 0)
     assert answer_tokens(offsets[:5], parts[:5], answers, 0) == (0, 0)  # this piece ends inside the answer
     examples = datasets.Dataset.from_dict({"id": ["a"], "context": [context]})
-    feature = {"example_id": "a", "none_id": 1, "input_ids": [1, *range(2, 10)]}
+    feature = {"example_id": "a", "none": 0, "input_ids": [1, *range(2, 10)]}
     feature["offset_mapping"] = [offset if part else None for offset, part in zip(offsets, parts, strict=True)]
     features = datasets.Dataset.from_list([feature])
     start, end = np.zeros((1, 12)), np.zeros((1, 12))  # padded by the batch
