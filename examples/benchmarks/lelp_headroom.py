@@ -8,11 +8,10 @@ without runs of an oracle are left out.
 """
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
-from lelp_runs import RESULTS, Runs
+from lelp_runs import RESULTS, Runs, points_above
 
 from hf_guide.errors import OptionError
 
@@ -25,9 +24,7 @@ Spread = tuple[float, float]
 
 def gain(runs: Runs, common: dict[str, Any], arm: str) -> Spread | None:
     """Return mean and standard deviation of an arm's test accuracy over KD's, seed by seed, in points; None without both."""
-    own, against = (runs.within(common, each)[1] for each in (arm, "kd"))
-    apart = [100 * (own[seed]["test"] - against[seed]["test"]) for seed in own if seed in against]
-    return (statistics.mean(apart), statistics.stdev(apart)) if len(apart) > 1 else None
+    return points_above(*(runs.within(common, each)[1] for each in (arm, "kd")))
 
 
 def settings_of_rows(runs: Runs) -> list[tuple[str, Spread, Spread, Spread | None]]:

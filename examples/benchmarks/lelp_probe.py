@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from lelp_comparison import Runs, parser, plan, prepare
 from lelp_models import Classifier, make_student, start_student
-from lelp_runs import ADDED, RESULTS
+from lelp_runs import ADDED, RESULTS, points_above
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -68,8 +68,7 @@ def measured_gain(runs: Runs, defaults: Runs, run: dict[str, Any]) -> tuple[floa
     """
     (_, kd), candidates = runs.within(run, "kd"), [each.within(run, "lelp")[1] for each in (runs, defaults)]
     best = max(candidates, key=lambda found: statistics.mean([row["validation"] for row in found.values()] or [0.0]))
-    gains = [100 * (best[seed]["test"] - kd[seed]["test"]) for seed in best if seed in kd]
-    return (statistics.mean(gains), statistics.stdev(gains)) if len(gains) > 1 else None
+    return points_above(best, kd)
 
 
 def report(probes: list[dict[str, Any]], runs: Runs, defaults: Runs) -> None:

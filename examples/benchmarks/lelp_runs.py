@@ -145,6 +145,16 @@ def best_settings(
     return tried[best] if scores[best] >= 0 else None
 
 
+def points_above(own: dict[int, dict[str, Any]], kd: dict[int, dict[str, Any]]) -> tuple[float, float] | None:
+    """Return mean and standard deviation of test accuracy over KD's, seed by seed, in points; None with fewer than two seeds.
+
+    Args:
+        own, kd: The results of both by seed, as `Runs.within` returns them.
+    """
+    apart = [100 * (own[seed]["test"] - kd[seed]["test"]) for seed in own if seed in kd]
+    return (statistics.mean(apart), statistics.stdev(apart)) if len(apart) > 1 else None
+
+
 def report(runs: Runs) -> None:
     """Print a table for each set: mean and standard deviation on the test part, and the difference from KD, seed by seed."""
     places: dict[tuple[Any, ...], dict[str, Any]] = {}
