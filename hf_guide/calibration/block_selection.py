@@ -45,11 +45,11 @@ from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
 SAMPLE_TOKENS = 512
 """Tokens of the sample, of all processes together."""
 
-EXCHANGED, MAX_EXCHANGES = 3, 3
-"""Of a local search: how many kept and how many dropped blocks are tried for each other, and how often at most."""
-
 SAMPLE_EXAMPLES = 8
 """Examples of the sample at least, in each process, where examples are compared with each other."""
+
+EXCHANGED, MAX_EXCHANGES = 3, 3
+"""Of a local search: how many kept and how many dropped blocks are tried for each other, and how often at most."""
 
 STEP, EXCHANGE_STEP = "removed_blocks", "exchanged_blocks"
 """Of a resumable calibration, the steps that hold what was removed so far, and what a local search chose."""
@@ -144,8 +144,12 @@ class _Search:
             raise UnsupportedBlockStructure("what follows takes more of its blocks than the last hidden states.")
         self.kept = list(range(len(self.blocks.blocks)))
         self.before: dict[int, Streams] = {}
-        final = self._run_from(0, self.blocks.hidden_states, keeps=True)
-        self.reference = list(self._outputs(final)) if comparison.needs_teacher else []
+        self.reference: list[Tensor] = []
+
+    def _run_teacher(self, *, keeps: bool) -> None:
+        """Run all blocks; record the outputs to compare with, where there are any, and keep the hidden states before each."""
+        final = self._run_from(0, self.blocks.hidden_states, keeps=keeps)
+        self.reference = list(self._outputs(final)) if self.comparison.needs_teacher else []
 
     def exchange(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockSelection:
         """Exchange blocks of the `count` of most influence while the loss falls."""
@@ -154,6 +158,8 @@ class _Search:
             facts: dict[str, Any] = saved[1]
             exchanged = [(int(out), int(taken), float(loss)) for out, taken, loss in facts["exchanged"]]
             return BlockSelection([], list(facts["kept"]), facts["influence_loss"], exchanged)
+        if self.comparison.needs_teacher:
+            self._run_teacher(keeps=False)
         order: list[int] = influence.argsort(descending=True, stable=True).tolist()
         self.kept = top_influence_blocks(influence, count)
         loss = self._loss(self._run_from(0, self.blocks.hidden_states, keeps=True))
@@ -203,6 +209,7 @@ class _Search:
 
     def remove(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockSelection:
         """Remove blocks until `count` are left."""
+        self._run_teacher(keeps=True)
         removal, losses = self._resume()
         total = len(self.kept) - count
         with tqdm(total=total, desc="calibration: blocks", unit="block", disable=not show_progress) as bar:

@@ -172,6 +172,10 @@ def test_encoders_are_scored_by_how_far_they_are_from_the_teacher(name: str) -> 
     report = from_teacher(teacher, method=EXACT | {"layer_selection": "greedy"}, **options).initialization_report
     (removed,) = report.calibration["removed_blocks"].values()
     assert len(removed) == 2 and all(loss > 0 for _, loss in removed)
+    searched = from_teacher(teacher, method=EXACT | {"layer_selection": "local_search"}, **options)
+    (kept,) = searched.initialization_report.blocks.values()
+    exchanged = searched.initialization_report.calibration.get("exchanged_blocks", {})
+    assert len(kept) == 2 and all(loss > 0 for each in exchanged.values() for *_, loss in each)
 
 
 def test_a_single_embedding_is_an_error() -> None:
