@@ -28,11 +28,11 @@ from transformers import (
     DataCollatorWithPadding,
     EvalPrediction,
     HfArgumentParser,
-    PreTrainedTokenizerBase,
     set_seed,
 )
 
 from hf_guide import DistillationArguments, DistillationTrainer
+from hf_guide.data.questions import no_answer_token
 
 logger = logging.getLogger(__name__)
 
@@ -81,12 +81,6 @@ def load_raw_datasets(args: DataTrainingArguments) -> datasets.DatasetDict:
         parts = raw["train"].train_test_split(test_size=args.validation_split_percentage / 100, seed=0)
         raw = datasets.DatasetDict(train=parts["train"], validation=parts["test"])
     return raw
-
-
-def no_answer_token(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the position that is the answer of a question without one: of the CLS or the BOS token, or else the first."""
-    candidates = [token for token in (tokenizer.cls_token_id, tokenizer.bos_token_id) if token in ids]
-    return ids.index(candidates[0]) if candidates else 0
 
 
 def answer_tokens(offsets: list[list[int]], parts: list[int | None], answers: dict, none: int) -> tuple[int, int]:

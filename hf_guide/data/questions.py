@@ -101,7 +101,7 @@ def _answer_preprocessor(split: Dataset, tokenizer: Any, options: DataArguments)
         offsets = encoded.pop("offset_mapping")
         spans = []
         for piece, source in enumerate(sources):
-            none = _no_answer_token(encoded["input_ids"][piece], tokenizer)
+            none = no_answer_token(encoded["input_ids"][piece], tokenizer)
             parts = encoded.sequence_ids(piece)
             own = [token for token, part in enumerate(parts) if part == int(tokenizer.padding_side == "right")]
             characters = _answer_characters(examples[answer][source], rows[source], answer, options)
@@ -114,7 +114,7 @@ def _answer_preprocessor(split: Dataset, tokenizer: Any, options: DataArguments)
     return to_inputs
 
 
-def _no_answer_token(ids: list[int], tokenizer: Any) -> int:
+def no_answer_token(ids: list[int], tokenizer: Any) -> int:
     """Return the position that is the answer of a question without one.
 
     That of the cls_token, or else of the bos_token, or else the first, as in Transformers' run_qa.py: many tokenizers of
