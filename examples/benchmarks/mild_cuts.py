@@ -171,7 +171,8 @@ def main() -> None:
     keep_freed_memory()
     rows = read_rows(args.output)
     for seed in [] if args.table else args.seeds:
-        done = {row["arm"] for row in rows if (row["seed"], row["steps"]) == (seed, args.steps)}
+        run = (seed, args.steps, args.calibration_tokens)
+        done = {row["arm"] for row in rows if (row["seed"], row["steps"], row["calibration_tokens"]) == run}
         todo = [arm for arm in args.arms if arm not in done]
         rows += run_seed(todo, seed, args) if todo else []
     print(describe_machine())
