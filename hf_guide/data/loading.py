@@ -122,8 +122,7 @@ def check_options_of_task(task: Task, options: DataArguments) -> None:
     Raises:
         OptionError: One would be ignored; names those that are read.
     """
-    columns = {"text": ("text",), "image": ("image",), "audio": ("audio",), "image-text": ("text", "image")}
-    read = [f"{role}_column" for role in columns[task.row.inputs]]
+    read = [f"{role}_column" for role in task.row.inputs.split("-")]
     read += ["text_column"] if task in (Task.SPEECH_SEQ2SEQ, Task.CTC) else []  # the transcripts
     answers = (Task.QUESTION_ANSWERING, Task.MULTIPLE_CHOICE, Task.FEATURE_EXTRACTION)
     read += ["label_column"] if task.has_labels or task in answers else []

@@ -30,11 +30,11 @@ def marked(case: Case) -> object:
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_each_shape_of_a_budget_builds_as_it_was_counted(case: Case) -> None:
     teacher = build(case, case.big).float()
-    for name, reason in REFUSED.items():
-        if str(case).startswith(name) and "_" not in str(case).removeprefix(name):
-            with pytest.raises(LayoutError, match=reason):
-                find_shapes(teacher, num_parameters="40%", show_progress=False)
-            return
+    reason = REFUSED.get(case.family) or REFUSED.get(str(case))
+    if reason is not None:
+        with pytest.raises(LayoutError, match=reason):
+            find_shapes(teacher, num_parameters="40%", show_progress=False)
+        return
     try:
         shapes = find_shapes(teacher, num_parameters="40%", limit=2, show_progress=False)
     except ShapeError as error:

@@ -84,7 +84,6 @@ def test_partial_folders_of_other_machines_are_left_alone(tmp_path: Path, monkey
 
 
 def test_a_folder_that_someone_removed_is_not_published(tmp_path: Path) -> None:
-
     with pytest.raises(FileNotFoundError, match="was removed by another process"):
         with atomic_folder(tmp_path / "student") as folder:
             shutil.rmtree(folder)
@@ -343,7 +342,6 @@ def test_a_full_disk_is_recognised_in_every_file_of_a_model(mounted: Path, teach
 def test_a_full_disk_in_distill_is_an_error_and_leaves_the_whole_checkpoints(
     distil: Any, mounted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-
     from hf_guide.distillation.checkpoints import checkpoint_defect, list_checkpoints
 
     output = mounted / "out"
