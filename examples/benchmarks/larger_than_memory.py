@@ -25,7 +25,8 @@ all activations on the disk: the memory taken against the student, three of the 
 blocks, and against the estimate; and the processor time against that of a forward pass of the same tokens (a block's, times
 the number of blocks, without the head). A teacher has a vocabulary of 32,000 and an MLP of four times its width; the student
 is half as wide in everything, with half the blocks. `8b:BLOCKS` is a teacher of Llama-3.1-8B's width and vocabulary with so
-many blocks, and `smollm2:30` is SmolLM2-135M in bfloat16 (`--teacher`). With `--resume FOLDER` a stopped run continues.
+many blocks, `3b:BLOCKS` of Llama-3.2-3B's with a head of its own, and `smollm2:30` is SmolLM2-135M in bfloat16 (`--teacher`).
+With `--resume FOLDER` a stopped run continues.
 """
 
 import argparse
@@ -80,6 +81,11 @@ SHAPES = {
         {"hidden_size": 2048, "intermediate_size": 7168, "num_attention_heads": 16, "num_key_value_heads": 4}
         | {"head_dim": 128, "num_hidden_layers": 16, "vocab_size": 64128},
         {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8, "head_dim": 64},
+    ),
+    "3b": (
+        {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
+        | {"head_dim": 128, "num_hidden_layers": 28, "vocab_size": 128256},
+        {"hidden_size": 1536, "intermediate_size": 4096, "num_hidden_layers": 14, "head_dim": 64},
     ),
     "8b": (
         {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
