@@ -87,7 +87,7 @@ def published(make: "Callable[[LlamaForCausalLM, LlamaConfig, list[Tensor]], Pre
 
 ARMS: dict[str, Maker] = {
     "20 of 30 blocks, as ShortGPT": short,
-    "20 of 30 blocks, calibrated": by(FEWER_BLOCKS),
+    "20 of 30 blocks, calibrated": by(FEWER_BLOCKS, layer_selection="block_influence"),
     "20 of 30 blocks, calibrated, local search": by(FEWER_BLOCKS, layer_selection="local_search"),
     "423 of 576 wide, activation PCA": by(NARROWER, "calibrated_basis_only", **NOTHING_FITTED),
     "423 of 576 wide, activation PCA, logit scale fitted": by(NARROWER, "calibrated_basis_only", refit="none"),

@@ -1,18 +1,20 @@
-"""Choose the blocks that a student keeps as a set: by a local search from those of most influence, or by greedy removal.
+"""Choose the blocks that a student keeps as a set: by a local search around those of most influence, or by greedy removal.
 
 The influence of a single block is measured with all others in place, and does not show which blocks can be missed together:
 of blocks with nearly the same influence the wrong one costs SmolLM2-135M a tenfold perplexity at 20 of 30 blocks.
 
-The local search exchanges the kept blocks of least influence for the dropped ones of most, one at a time, as long as the loss
-on a sample of the calibration text falls.
+The local search leaves open which of the blocks nearest to the threshold are kept, the three kept ones of least influence
+and the three dropped ones of most. Of all 20 sets it takes the one whose outputs are nearest to the teacher's on a sample of
+the calibration text.
 
 In a greedy removal every block is evaluated in the model without the blocks that were removed before it (SLEB, arXiv
-2402.09025), by the same loss. Removals that looked worse before are evaluated again only where they might be the best by now
-(lazy greedy, Minoux 1978), and each runs only the blocks after it: the hidden states before each block are kept.
+2402.09025), by the loss that shapes are scored by. Removals that looked worse before are evaluated again only where they
+might be the best by now (lazy greedy, Minoux 1978), and each runs only the blocks after it: the hidden states before each
+block are kept.
 
-Cost: a local search runs the sample through the student's depth up to 28 times, less the blocks before the first exchanged
-one. A greedy removal takes about 2.6 times the teacher's depth in forward passes over the sample when two thirds of 30 blocks
-are removed. Of a teacher of files one block is in memory at a time, and all are read about as often.
+Cost, in forward passes of the teacher over the sample: of a local search at half of 30 blocks 7, at two thirds 11, because
+sets share the blocks before the first in which they differ; all blocks are read once. Of a greedy removal of two thirds of 30
+blocks 80, and a teacher of files is read about as often, one block at a time.
 """
 
 import contextlib
@@ -26,9 +28,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_guide.calibration.collection import CalibrationResult
+from hf_guide.calibration.data import Batch, count_tokens
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.importance import BlockSelection, top_influence_blocks
-from hf_guide.calibration.output_comparison import OutputComparison
+from hf_guide.calibration.output_comparison import IncomparableOutputs, OutputComparison
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.sequential import (
     SequentialBlocks,
@@ -38,20 +41,19 @@ from hf_guide.calibration.sequential import (
     replaced_blocks,
 )
 from hf_guide.calibration.streams import Streams
-from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
 
-SAMPLE_TOKENS = 512
-"""Tokens of the sample, of all processes together."""
+SEARCH_TOKENS, GREEDY_TOKENS = 256, 512
+"""Tokens of the sample, of all processes together, of a local search and of a greedy removal."""
 
-SAMPLE_EXAMPLES = 8
-"""Examples of the sample at least, in each process, where examples are compared with each other."""
+SAMPLE_EXAMPLES = 16
+"""Examples of the sample at least, in each process, where a model has few outputs for each."""
 
-EXCHANGED, MAX_EXCHANGES = 3, 3
-"""Of a local search: how many kept and how many dropped blocks are tried for each other, and how often at most."""
+MARGINAL_BLOCKS = 3
+"""Of a local search: so many kept blocks, and as many dropped ones, may change places."""
 
-STEP, EXCHANGE_STEP = "removed_blocks", "exchanged_blocks"
+STEP, SEARCH_STEP = "removed_blocks", "searched_blocks"
 """Of a resumable calibration, the steps that hold what was removed so far, and what a local search chose."""
 
 _WHAT = "Sets of blocks"
@@ -62,12 +64,12 @@ def check_comparable(setup: StudentSetup, stacks: Collection[str]) -> OutputComp
     """Return what compares a teacher's outputs with those without a block.
 
     Raises:
-        OptionError: It has several stacks, or outputs that cannot be compared.
+        IncomparableOutputs: It has several stacks, or outputs that cannot be compared.
     """
     teacher = dataclasses.replace(setup, model_class=setup.teacher.model_class, config=setup.teacher.config)
     comparison = OutputComparison(teacher, what=_WHAT, advice=_ADVICE)
     if len(stacks) > 1:
-        raise OptionError(f"{_WHAT} are evaluated in models of one stack; found {sorted(stacks)}. {_ADVICE}")
+        raise IncomparableOutputs(f"{_WHAT} are evaluated in models of one stack; found {sorted(stacks)}. {_ADVICE}")
     return comparison
 
 
@@ -81,40 +83,43 @@ def select_blocks(
 ) -> dict[str, BlockSelection]:
     """Return, by stack, which blocks to keep, so many as `counts` has; empty where no stack loses a block.
 
-    The loss of the sample without the other blocks is never larger than with the blocks of greatest influence.
+    The loss of the sample with these blocks alone is never larger than with those of greatest influence.
 
     Args:
         calibration: What was collected of the teacher.
         counts: By stack, the student's blocks.
         comparison: As `check_comparable` returned it.
-        greedy: Whether blocks are removed one by one; otherwise by a local search.
+        greedy: Whether blocks are removed one by one; otherwise there is a local search.
         show_progress: Whether to show a progress bar.
 
     Raises:
-        OptionError: The model has blocks that do not run one after another, or a single example of embeddings.
+        IncomparableOutputs: The model has blocks that do not run one after another, or a single example of embeddings.
     """
     depths = {stack: len(blocks) for stack, blocks in calibration.teacher.stacks.items()}
     smaller = [stack for stack, count in counts.items() if count < depths.get(stack, count)]
     if not smaller:
         return {}
     (stack,) = smaller
-    sample = _sample(calibration.teacher, comparison)
+    saved = None if greedy or calibration.checkpoint is None else calibration.checkpoint.load_step(SEARCH_STEP)
+    if saved is not None:
+        return {stack: BlockSelection(**saved[1])}
+    sample = _sample(calibration.teacher, comparison, GREEDY_TOKENS if greedy else SEARCH_TOKENS)
     try:
         with calibration_mode(sample.model):
             search = _Search(sample, stack, comparison, calibration.checkpoint)
             influence = calibration.statistics.block_influence[stack]
-            select = search.remove if greedy else search.exchange
+            select = search.remove if greedy else search.search
             return {stack: select(counts[stack], influence, show_progress=show_progress)}
     except UnsupportedBlockStructure as error:
-        raise OptionError(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error
+        raise IncomparableOutputs(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error
 
 
-def _sample(teacher: SequentialModel, comparison: OutputComparison) -> SequentialModel:
-    """Return the teacher on the first rows of this process's batches."""
-    budget, batches = -(-SAMPLE_TOKENS // rank_and_world_size()[1]), []
-    examples, wanted = 0, SAMPLE_EXAMPLES if comparison.compares_examples else 0
+def _sample(teacher: SequentialModel, comparison: OutputComparison, tokens: int) -> SequentialModel:
+    """Return the teacher on the first rows of this process's batches, of so many tokens in all processes together."""
+    budget, batches = -(-tokens // rank_and_world_size()[1]), list[Batch]()
+    examples, wanted = 0, SAMPLE_EXAMPLES if comparison.task.row.outputs[0].items in ("example", "boundary") else 0
     for batch in teacher.batches:
-        length = batch["input_ids"].shape[-1] if "input_ids" in batch else 1
+        length = max(1, count_tokens(batch, teacher.model) // len(next(iter(batch.values()))))
         batches.append(first_rows(batch, max(-(-budget // length), wanted - examples)))
         count = len(next(iter(batches[-1].values())))
         budget, examples = budget - count * length, examples + count
@@ -128,7 +133,7 @@ def _sample(teacher: SequentialModel, comparison: OutputComparison) -> Sequentia
 
 
 class _Search:
-    """The search in one stack: the hidden states before each block that is left."""
+    """The search in one stack; of a greedy removal, with the blocks that are left, and the hidden states before each."""
 
     def __init__(
         self,
@@ -140,76 +145,48 @@ class _Search:
         self.sample, self.stack, self.comparison, self.checkpoint = sample, stack, comparison, checkpoint
         self.parts = [comparison.parts(batch) for batch in sample.batches]
         self.blocks: SequentialBlocks = sample.start(stack)
-        if not self.blocks.is_replayable:
+        if not self.blocks.structure.is_replayable:
             raise UnsupportedBlockStructure("what follows takes more of its blocks than the last hidden states.")
         self.kept = list(range(len(self.blocks.blocks)))
         self.before: dict[int, Streams] = {}
         self.reference: list[Tensor] = []
 
-    def _run_teacher(self, *, keeps: bool) -> None:
-        """Run all blocks; record the outputs to compare with, where there are any, and keep the hidden states before each."""
-        final = self._run_from(0, self.blocks.hidden_states, keeps=keeps)
-        self.reference = list(self._outputs(final)) if self.comparison.needs_teacher else []
-
-    def exchange(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockSelection:
-        """Exchange blocks of the `count` of most influence while the loss falls."""
-        saved = None if self.checkpoint is None else self.checkpoint.load_step(EXCHANGE_STEP)
-        if saved is not None:
-            facts: dict[str, Any] = saved[1]
-            exchanged = [(int(out), int(taken), float(loss)) for out, taken, loss in facts["exchanged"]]
-            return BlockSelection([], list(facts["kept"]), facts["influence_loss"], exchanged)
-        if self.comparison.needs_teacher:
-            self._run_teacher(keeps=False)
+    def search(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockSelection:
+        """Return the blocks with which the outputs are nearest to the teacher's, of all sets of `count` that are tried."""
         order: list[int] = influence.argsort(descending=True, stable=True).tolist()
-        self.kept = top_influence_blocks(influence, count)
-        loss = self._loss(self._run_from(0, self.blocks.hidden_states, keeps=True))
-        selection = BlockSelection([], [], loss)
-        total = MAX_EXCHANGES * EXCHANGED**2
-        with tqdm(total=total, desc="calibration: blocks", unit="set", disable=not show_progress) as bar:
-            while len(selection.exchanged) < MAX_EXCHANGES:
-                weak = [block for block in reversed(order) if block in self.kept][:EXCHANGED]
-                strong = [block for block in order if block not in self.kept][:EXCHANGED]
-                losses = {pair: self._loss_exchanged(*pair) for pair in itertools.product(weak, strong)}
-                bar.update(len(losses))
-                (out, taken), lowest = min(losses.items(), key=lambda item: item[1])
-                if lowest >= loss:
-                    break
-                loss = lowest
-                selection.exchanged.append((out, taken, loss))
-                position, stream = self._first_change(out, taken)
-                self.kept = self._exchanged(out, taken)
-                if len(selection.exchanged) < MAX_EXCHANGES:
-                    self._run_from(position, stream, keeps=True)
-        selection.kept = list(self.kept)
+        free = min(MARGINAL_BLOCKS, count, len(order) - count)
+        kept, marginal = order[: count - free], order[count - free : count + free]
+        sets = [sorted([*kept, *chosen]) for chosen in itertools.combinations(marginal, free)]
+        losses = self._divergences(sets, show_progress=show_progress)
+        best = losses.index(min(losses))  # of equal ones the first, which is that of greatest influence
+        selection = BlockSelection([], sets[best], losses[0], losses[best])
         if self.checkpoint is not None:
-            facts = {
-                "kept": selection.kept,
-                "exchanged": selection.exchanged,
-                "influence_loss": selection.influence_loss,
-            }
-            self.checkpoint.save_step(EXCHANGE_STEP, {"kept": torch.tensor(self.kept)}, facts)
+            self.checkpoint.save_step(SEARCH_STEP, {"kept": torch.tensor(selection.kept)}, vars(selection))
         return selection
 
-    def _exchanged(self, out: int, taken: int) -> list[int]:
-        return sorted({*self.kept, taken} - {out})
+    def _divergences(self, sets: Sequence[Sequence[int]], *, show_progress: bool) -> list[float]:
+        """Return how far the sample's outputs with the blocks of each set alone are from the teacher's.
 
-    def _first_change(self, out: int, taken: int) -> tuple[int, Streams]:
-        """Return the position from which an exchange changes what is computed, and the hidden states before it."""
-        first = next(block for block in self.kept if block >= min(out, taken))
-        return self.kept.index(first), self.before[first]
-
-    def _loss_exchanged(self, out: int, taken: int) -> float:
-        """Return the loss of the sample with one block for another."""
-        kept, (position, stream) = self.kept, self._first_change(out, taken)
-        self.kept = self._exchanged(out, taken)
-        try:
-            return self._loss(self._run_from(position, stream))
-        finally:
-            self.kept = kept
+        Each block is loaded once, and runs once for all sets that agree in the blocks before it.
+        """
+        depth = len(self.blocks.blocks)
+        of_all = [*sets, range(depth)]
+        streams = [self.blocks.hidden_states] * len(of_all)
+        for block in tqdm(range(depth), desc="calibration: sets", unit="block", disable=not show_progress):
+            users = [index for index, kept in enumerate(of_all) if block in kept]
+            before = {id(streams[index]): streams[index] for index in users}
+            with self._held(block):
+                after = {key: self._run_block(block, stream) for key, stream in before.items()}
+            for index in users:
+                streams[index] = after[id(streams[index])]
+        *finals, teacher = streams
+        reference = list(self._outputs(teacher))
+        return self._means([self.comparison.all_differences(self._outputs(final), reference) for final in finals])
 
     def remove(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockSelection:
         """Remove blocks until `count` are left."""
-        self._run_teacher(keeps=True)
+        final = self._run_from(0, self.blocks.hidden_states, keeps=True)
+        self.reference = list(self._outputs(final)) if self.comparison.needs_teacher else []
         removal, losses = self._resume()
         total = len(self.kept) - count
         with tqdm(total=total, desc="calibration: blocks", unit="block", disable=not show_progress) as bar:
@@ -258,31 +235,46 @@ class _Search:
         for block in self.kept[position:]:
             if keeps:
                 self.before[block] = stream
-            after = Streams(self.sample.store)
-            weights = self.blocks.weights
-            with contextlib.nullcontext() if weights is None else weights.held(self.blocks.blocks[block]):
-                for batch in range(len(self.blocks.batches)):
-                    after.append(self.blocks.run_block(block, batch, stream[batch]))
-            stream = after
+            with self._held(block):
+                stream = self._run_block(block, stream)
         return stream
+
+    def _held(self, block: int) -> contextlib.AbstractContextManager[None]:
+        """Keep the weights of a block in memory for the duration of the block."""
+        weights = self.blocks.weights
+        return contextlib.nullcontext() if weights is None else weights.held(self.blocks.blocks[block])
+
+    def _run_block(self, block: int, stream: Streams) -> Streams:
+        after = Streams(self.sample.store)
+        for batch in range(len(self.blocks.batches)):
+            after.append(self.blocks.run_block(block, batch, stream[batch]))
+        return after
 
     @torch.no_grad()
     def _outputs(self, final: Streams) -> Iterator[Tensor]:
-        """Yield what is compared of each part of a batch, on the CPU."""
+        """Yield what is compared of each part of a batch."""
         for index, parts in enumerate(self.parts):
             hidden_states = final[index]
             for part, last in zip(parts, hidden_states.tensor_split(len(parts)), strict=True):
-                with replaced_blocks(self.blocks.blocks, self.blocks.outputs, last):
+                with replaced_blocks(self.blocks.blocks, self.blocks.structure.outputs, last):
                     outputs = self.comparison.outputs(self.sample.model, part)
-                yield outputs.cpu()
+                yield outputs
 
     def _loss(self, final: Streams) -> float:
         """Return the mean loss of the sample in nats, the same in all processes."""
         parts = [part for batch in self.parts for part in batch]
-        losses = self.comparison.losses(self._outputs(final), self.reference, parts).double()
-        sums = torch.tensor([losses.sum().item(), float(len(losses))], dtype=torch.float64)
+        return self._means([self.comparison.losses(self._outputs(final), self.reference, parts)])[0]
+
+    @staticmethod
+    def _means(losses: Sequence[Tensor]) -> list[float]:
+        """Return the mean of each entry, (items,) in this process, over the items of all processes."""
+        sums = torch.tensor(
+            [[each.double().sum().item() for each in losses], [float(len(each)) for each in losses]],
+            dtype=torch.float64,
+        )
         all_reduce_sum_([sums])
-        return (sums[0] / sums[1].clamp(min=1)).item()
+        means: list[float] = (sums[0] / sums[1].clamp(min=1)).tolist()
+        return means
 
     def _resume(self) -> tuple[BlockSelection, dict[int, float]]:
         """Return what an earlier run removed, and the losses that it knew; the removals are made again."""

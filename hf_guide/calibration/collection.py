@@ -47,6 +47,7 @@ class CalibrationResult:
         self_generated: Whether the teacher generated the text.
         checkpoint: Where later steps are saved and continued from.
         block_selections: By stack, the blocks that were chosen as a set, where that is how they are selected.
+        notes: Why blocks were selected in another way than was asked for.
     """
 
     teacher: SequentialModel
@@ -55,6 +56,7 @@ class CalibrationResult:
     self_generated: bool = False
     checkpoint: CalibrationCheckpoint | None = None
     block_selections: dict[str, BlockSelection] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def block_scores(self) -> dict[str, Tensor]:

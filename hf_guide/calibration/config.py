@@ -62,11 +62,11 @@ class CalibratedConfig(InitializationConfig):
 
     Example:
         >>> CalibratedConfig(refit="none", calibration_tokens=8192).layer_selection
-        'block_influence'
+        'local_search'
     """
 
     method: str = field(default="calibrated", metadata={"help": "calibrated"})
-    layer_selection: LayerSpec = layer_selection_field(LayerSelection.BLOCK_INFLUENCE)
+    layer_selection: LayerSpec = layer_selection_field(LayerSelection.LOCAL_SEARCH)
     logit_scale: float = logit_scale_field()
     basis: str = _choice(
         BasisKind,

@@ -10,15 +10,18 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
+from hf_guide.calibration.block_selection import SEARCH_TOKENS
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import default_num_tokens
 from hf_guide.calibration.head_fitting import LOGIT_SCALE_TOKENS, TOKENS_AT_A_TIME
 from hf_guide.calibration.least_squares import fit_dtype, max_eps
+from hf_guide.initialization.config import LayerSelection
 from hf_guide.initialization.cost import CostPart
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.models.model_classes import strip_base_prefix
 
-TEACHER_PASSES, STUDENT_PASSES = 2, 4
+TEACHER_PASSES, STUDENT_PASSES, SEARCH_PASSES = 2, 4, 11
+"""Over all tokens of the teacher and of the student; and over its own sample, of a local search of the blocks."""
 
 OVERHEAD_BYTES = 200_000_000
 """What the process takes besides: modules that are imported when they are used, and freed memory that is not given back."""
@@ -46,9 +49,13 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
     neurons, student_neurons = (max((sizes[index].get("mlp", 0) for sizes in planned), default=0) for index in (0, 1))
     vocab = max((sizes[0].get("vocab", 0) for sizes in planned), default=0)
     tokens = config.calibration_tokens or default_num_tokens(neurons)
+    is_shallower = sum(map(len, plan.block_mapping.values())) < len(blocks)
+    searches = is_shallower and config.layer_selection == LayerSelection.LOCAL_SEARCH
+    searched = float(SEARCH_TOKENS * SEARCH_PASSES * numbers) if searches else 0.0
     if not isinstance(setup.source, PreTrainedModel):
         held = outside + 2 * max(blocks.values(), default=0)
-        yield CostPart("the teacher's embeddings, head and two blocks", held, is_kept=True, read=2 * whole)
+        read = (3 if searched else 2) * whole
+        yield CostPart("the teacher's embeddings, head and two blocks", held, is_kept=True, read=read)
     refits = config.refit != Refit.NONE
     passes = TEACHER_PASSES * numbers + (STUDENT_PASSES * student.num_parameters() if refits else 0)
     # A family that is known by its blocks alone has no axis to project, and keeps its width.
@@ -58,7 +65,7 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
         f"the activations of {tokens} tokens",
         min(item * tokens * (9 if refits else 2) * width, round(config.activation_memory * 10**9)),
         is_kept=True,
-        products={torch.float32: float(tokens) * passes},
+        products={torch.float32: float(tokens) * passes + searched},
         advice="fewer calibration_tokens, a lower activation_memory",
     )
     yield CostPart("the libraries", OVERHEAD_BYTES, is_kept=True)

@@ -52,13 +52,23 @@ class BlockSelection:
         removed: The blocks, in the order of their removal, each with the sample's loss in nats without it and those before it.
         kept: The blocks that were chosen, in order.
         influence_loss: The sample's loss with the blocks of greatest influence instead.
-        exchanged: Of a local search, each block that was dropped, the one that was taken for it, and the sample's loss then.
+        kept_loss: Of a local search, the sample's loss with the blocks that were chosen.
     """
 
     removed: list[tuple[int, float]] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     influence_loss: float = float("nan")
-    exchanged: list[tuple[int, int, float]] = field(default_factory=list)
+    kept_loss: float = float("nan")
+
+    def exchange(self, influence: Tensor) -> dict[str, Any]:
+        """Return what a local search dropped of the blocks of greatest influence, what it kept instead, and both losses."""
+        by_influence = top_influence_blocks(influence, len(self.kept))
+        return {
+            "dropped": [block for block in by_influence if block not in self.kept],
+            "kept": [block for block in self.kept if block not in by_influence],
+            "loss": self.kept_loss,
+            "influence_loss": self.influence_loss,
+        }
 
     def scores(self, influence: Tensor) -> Tensor:
         """Return scores of which the blocks that were kept have the largest, (blocks,) float64.

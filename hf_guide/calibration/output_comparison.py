@@ -27,6 +27,10 @@ from hf_guide.models.targets import target_mask
 from hf_guide.tasks import OutputKind, Task, output_kind, task_of
 
 
+class IncomparableOutputs(OptionError):
+    """Outputs of a model that cannot be compared with those of another on calibration data."""
+
+
 class OutputComparison:
     """Compares the outputs of models for a task.
 
@@ -36,7 +40,7 @@ class OutputComparison:
         advice: What can be done where it cannot be, as a sentence.
 
     Raises:
-        OptionError: The outputs of the task cannot be compared on calibration data.
+        IncomparableOutputs: The outputs of the task cannot be compared on calibration data.
     """
 
     def __init__(self, setup: StudentSetup, *, what: str, advice: str):
@@ -44,7 +48,7 @@ class OutputComparison:
         self.task = task_of(setup.model_class)
         self.kind = output_kind(self.task, setup.config)
         if self.task.row.outputs[0].items == "row":
-            raise OptionError(
+            raise IncomparableOutputs(
                 f"{what} of a {setup.model_class.__name__} cannot be scored on calibration data: its outputs are the pairs of "
                 f"a batch. {advice}"
             )
@@ -72,7 +76,7 @@ class OutputComparison:
         """Return what is compared of a model's outputs for a batch: (items, classes), or embeddings (examples, width).
 
         Raises:
-            OptionError: The examples of a multiple choice have one choice each.
+            IncomparableOutputs: The examples of a multiple choice have one choice each.
         """
         outputs = forward_without_cache(model, batch)
         mask_name = "decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"
@@ -82,7 +86,7 @@ class OutputComparison:
             return embeddings
         logits = task_logits(self.task, outputs, batch).float()
         if self.task is Task.MULTIPLE_CHOICE and logits.shape[-1] < 2:
-            raise OptionError(
+            raise IncomparableOutputs(
                 f"{self.what} for multiple choice are scored by how choices are ranked, and a row of calibration_dataset is "
                 "one text. Pass batches whose input_ids are (batch, choices, length)."
             )
@@ -104,10 +108,10 @@ class OutputComparison:
         """Raise where examples are compared with each other, and there is only one.
 
         Raises:
-            OptionError: States what to do.
+            IncomparableOutputs: States what to do.
         """
         if self.compares_examples and count < 2:
-            raise OptionError(
+            raise IncomparableOutputs(
                 f"{self.what} of a model of embeddings are scored by how examples compare with each other, and "
                 f"calibration_dataset has {count} for it: pass more data."
             )
@@ -122,6 +126,15 @@ class OutputComparison:
         """
         if not self.needs_teacher:
             return torch.cat([causal_loss(each, part) for each, part in zip(outputs, parts, strict=True)])
+        return self.all_differences(outputs, reference)
+
+    def all_differences(self, outputs: Iterable[Tensor], reference: Sequence[Tensor]) -> Tensor:
+        """Return how far a model's outputs for parts of batches are from the teacher's, (items,).
+
+        Args:
+            outputs: The model's, of each part; read one by one.
+            reference: The teacher's.
+        """
         if self.compares_examples:
             return self.differences(torch.cat(list(outputs)), torch.cat(list(reference)))
         return torch.cat([self.differences(*pair) for pair in zip(outputs, reference, strict=True)])

@@ -66,6 +66,22 @@ class BlockTrace:
         return True
 
 
+@dataclass(frozen=True)
+class StackStructure:
+    """How the blocks of a stack run, whatever their weights and their input are.
+
+    Attributes:
+        outputs: For each block what it returned for one row; only the form matters.
+        is_sequential: Whether the blocks' other arguments do not depend on what they compute. Otherwise these are recorded in
+            a run of all blocks on every batch, before each runs by itself.
+        is_replayable: Whether what follows the blocks depends on nothing but their last hidden states.
+    """
+
+    outputs: list[Any]
+    is_sequential: bool
+    is_replayable: bool
+
+
 class SequentialBlocks:
     """The blocks of one stack, and the hidden states before the next block.
 
@@ -78,15 +94,13 @@ class SequentialBlocks:
         weights: What loads the blocks' weights; None if they are in memory.
         following: Modules that may run after the blocks, at which a comparison of what follows may end.
         replay: Returns a context in which the stacks before this one need not run, for a batch and its first rows.
+        structure: As it was found on other batches; None runs the model on one row to find it.
 
     Attributes:
         hidden_states: For each batch the input of block `next`, (batch, length, d).
         next: The index of the block to run next.
-        outputs: For each block what it returned for one row; only the form matters.
+        structure: How the blocks run.
         recorded: For blocks that were run with a recorder what they and their modules were called with, by the module's name.
-        is_sequential: Whether the blocks' other arguments do not depend on what they compute. Otherwise these are recorded in
-            a run of all blocks on every batch, before each runs by itself.
-        is_replayable: Whether what follows the blocks depends on nothing but their last hidden states.
 
     Raises:
         UnsupportedBlockStructure: The blocks run in another order or more than once, or a block passes more to the next
@@ -104,22 +118,19 @@ class SequentialBlocks:
         weights: BlockWeights | None = None,
         following: Sequence[nn.Module] = (),
         replay: Callable[[int, int | None], contextlib.AbstractContextManager[None]] | None = None,
+        structure: StackStructure | None = None,
     ):
         self.model, self.blocks, self.batches, self.name = model, list(blocks), batches, name
         self.store, self.weights = store, weights
         self._following = list(following)
         self._replay = replay or (lambda batch, rows: contextlib.nullcontext())
         self.recorded: dict[int, dict[str, Streams]] = {}
-        self.outputs, self.is_sequential, self.is_replayable = self._verify()
+        self.structure = self._verify() if structure is None else structure
         self.restart()
 
     @torch.no_grad()
-    def _verify(self) -> tuple[list[Any], bool, bool]:
-        """Run the model on one row, and compare with the blocks run one by one.
-
-        Return the blocks' outputs, whether their other arguments do not depend on what they compute, so that they can be
-        recorded without running the blocks, and `is_replayable`.
-        """
+    def _verify(self) -> StackStructure:
+        """Run the model on one row, compare with the blocks run one by one, and return how they run."""
         traced = self._trace(0, rows=1, verifies=True)
         is_identity = False
         if traced.returns_hidden_states_only:
@@ -128,7 +139,7 @@ class SequentialBlocks:
         with replaced_blocks(self.blocks, traced.outputs, first_output(traced.outputs[-1])):
             replayed = self._trace(0, rows=1, to_end=True)
         has_rows = _count_rows(self.batches[0], 1) is None or len(first_output(traced.outputs[-1])) == 1
-        return traced.outputs, is_identity, has_rows and _nearly_equal(replayed.after, traced.after)
+        return StackStructure(traced.outputs, is_identity, has_rows and _nearly_equal(replayed.after, traced.after))
 
     @torch.no_grad()
     def restart(self) -> None:
@@ -137,8 +148,8 @@ class SequentialBlocks:
         self.hidden_states = Streams(self.store)
         self._calls: list[list[BlockCall]] = []
         prepared: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self.is_sequential:
-            prepared = replaced_blocks(self.blocks, self.outputs)
+        if self.structure.is_sequential:
+            prepared = replaced_blocks(self.blocks, self.structure.outputs)
         elif self.weights is not None:
             prepared = self.weights.held(*self.blocks)  # they run on every batch
         with prepared:
@@ -322,6 +333,7 @@ class SequentialModel:
         self.unsupported: dict[str, UnsupportedBlockStructure] = {}
         self.notes: list[str] = []
         self._blocks: dict[str, SequentialBlocks] = {}
+        self._structures: dict[str, StackStructure] = {}
         self._outputs: dict[str, list[Any]] = {}
 
     def on_first_batches(self, count: int) -> "SequentialModel":
@@ -361,12 +373,14 @@ class SequentialModel:
                     weights=self.weights,
                     following=[*others, *self._heads],
                     replay=lambda batch, rows: self._replay(batch, rows, skip=stack),
+                    structure=self._structures.get(stack),
                 )
+                self._structures[stack] = self._blocks[stack].structure
         except UnsupportedBlockStructure as error:
             self.unsupported[stack] = error
             self._run_whole(stack, str(error))
             raise
-        if not self._blocks[stack].is_sequential:
+        if not self._blocks[stack].structure.is_sequential:
             self._add_note(stack, "its blocks pass on more than the hidden states.")
         return self._blocks[stack]
 
@@ -375,8 +389,8 @@ class SequentialModel:
         blocks = self._blocks[stack]
         if stack not in self.visited:
             self.visited.append(stack)
-        if blocks.is_replayable:
-            self.finished[stack], self._outputs[stack] = blocks.hidden_states, blocks.outputs
+        if blocks.structure.is_replayable:
+            self.finished[stack], self._outputs[stack] = blocks.hidden_states, blocks.structure.outputs
         else:
             self._run_whole(stack, "what follows takes more of its blocks than the last hidden states.")
 

@@ -102,9 +102,11 @@ class InitializationReport:
         shape_choice: How the sizes were chosen for a budget; empty where they were given.
         calibration: Of a calibrated student: `tokens` seen; `self_generated`, whether the teacher wrote them;
             `block_influence` (1 - cosine of input and output); `removed_blocks`, in the order of a greedy removal, each with
-            the loss of the teacher without it and those before it; `exchanged_blocks` of a local search, the one dropped, the
-            one taken for it and the loss; `selected`, the indices of heads and neurons by output
-            projection; `residual_error`, the relative error of the residual stream after each block; and `logit_scale`.
+            the loss of the teacher without it and those before it; `exchanged_blocks` of a local search: those of greatest
+            influence that were `dropped`, those `kept` instead, the `loss` (divergence from the teacher in nats; of embeddings
+            the difference of similarities) and the `influence_loss` without the exchange; `selected`, the indices of heads
+            and neurons by output projection; `residual_error`, the relative error of the residual stream after each block;
+            and `logit_scale`.
         vocabulary: Of a student whose vocabulary was reduced: its `size` and `teacher_size`; `share_kept`, the share of the
             teacher's tokens in the text that are kept; `token_ratio`, the tokens that the text takes per token of the
             teacher's; and `held_out`, whether the pieces were chosen by other texts. With another tokenizer: how many of its

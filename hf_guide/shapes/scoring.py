@@ -1,9 +1,9 @@
 """Score shapes by the loss of an untrained calibrated start on calibration data that the start has not seen.
 
-The teacher is run once for statistics that all shapes share. Every shape gets a quick start, refitted on a part of the
-data, and the best of them a whole one: with `WHOLE_STARTS` of these the search costs a few times one `from_teacher`. Where the
-user allows `search_steps`, the whole starts are distilled for so many steps and scored again. With a folder, an interrupted
-search continues: only self-generated text is generated again.
+The teacher is run once for statistics that all shapes share, and shapes of one depth keep the same blocks. Every shape gets a
+quick start, refitted on a part of the data, and the best of them a whole one: with `WHOLE_STARTS` of these the search costs a
+few times one `from_teacher`. Where the user allows `search_steps`, the whole starts are distilled for so many steps and scored
+again. With a folder, an interrupted search continues: only self-generated text is generated again.
 """
 
 import contextlib
@@ -20,10 +20,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_guide.calibration.block_weights import BlockWeights
-from hf_guide.calibration.collection import collect_calibration, running_teacher
+from hf_guide.calibration.collection import CalibrationResult, collect_calibration, running_teacher
 from hf_guide.calibration.config import CalibratedConfig
 from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
 from hf_guide.calibration.forward import calibration_mode, running_device
+from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.output_comparison import OutputComparison, iter_rows
 from hf_guide.calibration.self_generation import generate_calibration_text
@@ -31,7 +32,7 @@ from hf_guide.calibration.statistics import mlp_width
 from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.initialization.student_shape import StudentShape
-from hf_guide.methods.calibrated import CalibratedMethod
+from hf_guide.methods.calibrated import CalibratedMethod, select_sets
 from hf_guide.models.layer_mapping import width_of_config
 from hf_guide.models.targets import complete_inputs
 from hf_guide.shapes.candidates import ShapeCandidate
@@ -103,6 +104,7 @@ class CalibratedScorer:
         )
         self.folder = folder
         self.saved = _read_scores(folder)
+        self._selections: dict[tuple[int, ...], dict[str, BlockSelection]] = {}
 
     def rank(self, candidates: Sequence[ShapeCandidate]) -> list[ShapeCandidate]:
         """Return the candidates with their losses, the best first: those with a whole start before the others."""
@@ -170,20 +172,31 @@ class CalibratedScorer:
             batches = calibration.teacher.batches
             count = max(MIN_QUICK_BATCHES, round(QUICK_SHARE * len(batches)))
             calibration = dataclasses.replace(calibration, teacher=calibration.teacher.on_first_batches(count))
-        influence = {stack: each.tolist() for stack, each in calibration.statistics.block_influence.items()}
-        shape = self.resolve(candidate.overrides, influence)
-        setup = dataclasses.replace(
+        setup = self._setup(candidate, calibration)
+        stacks = setup.validate_plan().block_mapping
+        depths = tuple(len(blocks) for blocks in stacks.values())
+        if depths not in self._selections:
+            self._selections[depths] = select_sets(calibration, stacks, config, setup)
+        if self._selections[depths]:
+            calibration = dataclasses.replace(calibration, block_selections=self._selections[depths])
+            setup = self._setup(candidate, calibration)
+        method = CalibratedMethod(config)
+        method.reuse(calibration, setup)
+        student = method.build(setup)
+        method.initialize(student, setup)
+        return student.eval()
+
+    def _setup(self, candidate: ShapeCandidate, calibration: CalibrationResult) -> StudentSetup:
+        """Return the setup of a candidate's student, with the blocks that the calibration's scores select."""
+        scores = {stack: each.tolist() for stack, each in calibration.block_scores.items()}
+        shape = self.resolve(candidate.overrides, scores)
+        return dataclasses.replace(
             self.setup,
             model_class=shape.model_class,
             config=shape.config,
             options=shape.plan_options(self.setup.options),
             show_progress=False,
         )
-        method = CalibratedMethod(config)
-        method.reuse(calibration, setup)
-        student = method.build(setup)
-        method.initialize(student, setup)
-        return student.eval()
 
     def _distil(self, student: PreTrainedModel) -> None:
         """Train a student on the teacher's outputs for the batches that it was calibrated on, in float32, in their order."""

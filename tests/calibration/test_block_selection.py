@@ -1,5 +1,7 @@
 """Blocks chosen as a set, by a local search or by greedy removal: never worse than by influence alone, and resumable."""
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from hf_guide import OptionError, from_teacher
 from hf_guide.calibration import block_selection
 from hf_guide.calibration.importance import BlockSelection
+from hf_guide.calibration.output_comparison import divergence
 from hf_guide.calibration.reconstruction import BlockReconstructor
 from tests.calibration.test_output_comparison import teacher_of
 from tests.tiny import KINDS, same_bits
@@ -39,6 +42,13 @@ def student(teacher: Any, selection: Any, **options: Any) -> PreTrainedModel:
 @torch.no_grad()
 def loss(model: PreTrainedModel) -> float:
     return sum(model(**each, labels=each["input_ids"]).loss.item() for each in batches()) / len(batches())
+
+
+@torch.no_grad()
+def divergence_from(teacher: PreTrainedModel, model: PreTrainedModel) -> float:
+    """Return the mean divergence from the teacher on the sample of a local search, 256 tokens or more of whole rows."""
+    ids = torch.cat([each["input_ids"] for each in batches()])[: -(-block_selection.SEARCH_TOKENS // 12)]
+    return divergence(model(ids).logits, teacher(ids).logits).mean().item()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -98,24 +108,36 @@ def misleading(depth: int) -> PreTrainedModel:
     return teacher
 
 
-def test_blocks_are_exchanged_while_the_loss_falls() -> None:
-    """Every exchange that is recorded is that of a student, lowers the loss, and is the best of those tried."""
+def test_of_the_blocks_nearest_to_the_threshold_those_nearest_to_the_teacher_are_kept() -> None:
+    """Of all sets that are tried the best is kept, and the losses are those of the students that have these blocks."""
     teacher = misleading(8)
     options = {"calibration_dataset": batches(), "show_progress": False, "num_hidden_layers": 4}
 
     def made(selection: Any) -> PreTrainedModel:
         return from_teacher(teacher, method=EXACT | {"layer_selection": selection}, **options)
 
-    chosen, by_influence = made("local_search"), made("block_influence")
-    report = chosen.initialization_report
-    exchanged, losses = report.calibration["exchanged_blocks"]["layers"], [loss(by_influence)]
-    kept = list(by_influence.initialization_report.blocks["layers"])
-    assert exchanged
-    for out, taken, recorded in exchanged:
-        kept = sorted({*kept, taken} - {out})
-        losses.append(loss(made(kept)))
-        assert losses[-1] == pytest.approx(recorded, abs=1e-4) and losses[-1] < losses[-2]
-    assert report.blocks["layers"] == kept
+    report, by_influence = made("local_search").initialization_report, made("block_influence").initialization_report
+    (influence,) = by_influence.calibration["block_influence"].values()
+    order = sorted(range(8), key=lambda block: -influence[block])
+    sets = [sorted([order[0], *chosen]) for chosen in itertools.combinations(order[1:7], 3)]
+    losses = {tuple(kept): divergence_from(teacher, made(kept)) for kept in sets}
+    found, kept = report.calibration["exchanged_blocks"]["layers"], tuple(report.blocks["layers"])
+    strongest = tuple(by_influence.blocks["layers"])
+    assert losses[kept] == min(losses.values()) < losses[strongest]
+    assert (found["loss"], found["influence_loss"]) == pytest.approx((losses[kept], losses[strongest]), rel=1e-4)
+    assert (set(found["dropped"]), set(found["kept"])) == ({*strongest} - {*kept}, {*kept} - {*strongest})
+
+
+def test_blocks_that_change_nothing_are_not_exchanged() -> None:
+    """A set of greatest influence that computes the teacher's own function is kept."""
+    teacher = KINDS["llama"].teacher()
+    for block in (1, 2):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            teacher.model.layers[block].get_submodule(name).weight.data.zero_()
+    report = student(teacher, "local_search").initialization_report
+    found = report.calibration["exchanged_blocks"]["layers"]
+    assert report.blocks["layers"] == [0, 3] and not found["dropped"] and not found["kept"]
+    assert found["loss"] == found["influence_loss"] == pytest.approx(0, abs=1e-6)
 
 
 def test_a_killed_search_ends_with_the_same_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,7 +153,7 @@ def test_a_killed_search_ends_with_the_same_blocks(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         from_teacher(teacher, method=method, calibration_cache_dir=tmp_path, **options)
     monkeypatch.setattr(BlockReconstructor, "refit", refit)
-    monkeypatch.setattr(block_selection._Search, "_loss", None)  # nothing is evaluated again
+    monkeypatch.setattr(block_selection._Search, "_divergences", None)  # nothing is evaluated again
     resumed = from_teacher(teacher, method=method, calibration_cache_dir=tmp_path, **options)
     assert same_bits(resumed, whole)
     assert resumed.initialization_report.calibration["exchanged_blocks"]
@@ -174,31 +196,51 @@ def test_encoders_are_scored_by_how_far_they_are_from_the_teacher(name: str) -> 
     assert len(removed) == 2 and all(loss > 0 for _, loss in removed)
     searched = from_teacher(teacher, method=EXACT | {"layer_selection": "local_search"}, **options)
     (kept,) = searched.initialization_report.blocks.values()
-    exchanged = searched.initialization_report.calibration.get("exchanged_blocks", {})
-    assert len(kept) == 2 and all(loss > 0 for each in exchanged.values() for *_, loss in each)
+    (exchanged,) = searched.initialization_report.calibration["exchanged_blocks"].values()
+    assert len(kept) == 2 and 0 < exchanged["loss"] <= exchanged["influence_loss"]
 
 
-def test_a_single_embedding_is_an_error() -> None:
+def test_the_sample_is_few_tokens_or_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    sample = block_selection._sample
+
+    def measured(*args: Any) -> Any:
+        found = sample(*args)
+        sizes.append(sum(len(next(iter(batch.values()))) for batch in found.batches))
+        return found
+
+    monkeypatch.setattr(block_selection, "_sample", measured)
+    student(KINDS["llama"].teacher(), "local_search")
+    assert sizes == [-(-block_selection.SEARCH_TOKENS // 12)], "whole rows of 12 tokens"
+    teacher, data = teacher_of("image-classification")
+    images = [{name: torch.cat([value] * 30) for name, value in data[0].items()}]
+    method = {"method": "calibrated", "refit": "none"}
+    from_teacher(teacher, method=method, calibration_dataset=images, show_progress=False, num_hidden_layers=1)
+    patches = (teacher.config.image_size // teacher.config.patch_size) ** 2
+    assert sizes[1] == max(block_selection.SAMPLE_EXAMPLES, -(-block_selection.SEARCH_TOKENS // patches))
+    assert sizes[1] < len(images[0]["pixel_values"])
+
+
+def test_a_single_embedding_is_an_error_of_a_greedy_removal_and_a_note_of_a_search() -> None:
     teacher, data = teacher_of("feature-extraction")
-    one = [{"input_ids": data[0]["input_ids"][:1]}]
-    with pytest.raises(OptionError, match="Sets of blocks .* has 1 for it: pass more data"):
-        from_teacher(
-            teacher,
-            method=EXACT | {"layer_selection": "greedy"},
-            calibration_dataset=one,
-            show_progress=False,
-            num_hidden_layers=2,
-        )
+    options = {"calibration_dataset": [{"input_ids": data[0]["input_ids"][:1]}], "show_progress": False}
+    message = "Sets of blocks .* has 1 for it: pass more data"
+    with pytest.raises(OptionError, match=message):
+        from_teacher(teacher, method=EXACT | {"layer_selection": "greedy"}, num_hidden_layers=2, **options)
+    report = from_teacher(teacher, method=EXACT, num_hidden_layers=2, **options).initialization_report
+    assert any(re.search(message, note) for note in report.notes)
 
 
-@pytest.mark.parametrize("selection", ["local_search", "greedy"])
-def test_a_model_of_several_stacks_is_an_error(selection: str) -> None:
+def test_a_model_of_several_stacks_is_selected_by_influence_with_a_note_and_a_greedy_removal_is_an_error() -> None:
     kind = KINDS["t5"]
-    with pytest.raises(OptionError, match="models of one stack.*layer_selection='block_influence'"):
-        from_teacher(
-            kind.teacher(),
-            method=EXACT | {"layer_selection": selection},
-            calibration_dataset=batches(),
-            show_progress=False,
-            **kind.smaller,
-        )
+    options = {"calibration_dataset": batches(), "show_progress": False, **kind.smaller}
+    message = "models of one stack.*layer_selection='block_influence'"
+    with pytest.raises(OptionError, match=message):
+        from_teacher(kind.teacher(), method=EXACT | {"layer_selection": "greedy"}, **options)
+    searched, by_influence = (
+        from_teacher(kind.teacher(), method=EXACT | {"layer_selection": selection}, **options)
+        for selection in ("local_search", "block_influence")
+    )
+    (note,) = [each for each in searched.initialization_report.notes if "greatest influence" in each]
+    assert re.search(message, note) and same_bits(searched, by_influence)
+    assert not any("greatest influence" in each for each in by_influence.initialization_report.notes)

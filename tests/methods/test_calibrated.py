@@ -125,8 +125,10 @@ def test_the_report_states_what_was_selected(teacher: Any, tmp_path: Path) -> No
     report.save(tmp_path)
     calibration = InitializationReport.load(tmp_path).calibration
     assert calibration["tokens"] == 288 and len(calibration["block_influence"]["layers"]) == 4
-    strongest = sorted(torch.tensor(calibration["block_influence"]["layers"]).topk(2).indices.tolist())
-    assert report.blocks == {"layers": strongest} and report.options["layer_selection"] == "block_influence"
+    strongest = torch.tensor(calibration["block_influence"]["layers"]).topk(2).indices.tolist()
+    exchanged = calibration["exchanged_blocks"]["layers"]
+    kept = sorted({*strongest, *exchanged["kept"]} - {*exchanged["dropped"]})
+    assert report.blocks == {"layers": kept} and report.options["layer_selection"] == "local_search"
     assert len(calibration["selected"]["layers.1.mlp.down_proj.weight"]["mlp"]) == 40
     assert len(calibration["residual_error"]["layers"]) == 2 and calibration["logit_scale"] > 0
 
