@@ -10,7 +10,6 @@ from tests.invariants.case import Case, build
 from tests.invariants.cases import CASES
 
 REFUSED = {
-    "mpt": "is made of several models",
     "clip": "is made of several models",
     "siglip": "is made of several models",
     "segformer": "stages of several widths",
