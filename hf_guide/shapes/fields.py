@@ -161,7 +161,9 @@ def _check_enumerable(layout: Layout, config: PreTrainedConfig) -> None:
             f"The axes of {config.model_type!r} are not known, so its shapes cannot be enumerated for a budget: only "
             f"its blocks can be chosen. {advice}"
         )
-    nested = [name for name, value in vars(config).items() if isinstance(value, PreTrainedConfig) and _has_sizes(value)]
+    nested = [
+        name for name, value in vars(config).items() if isinstance(value, PreTrainedConfig) and _has_sizes(value)
+    ]
     if nested:
         raise LayoutError(
             f"{config.model_type!r} is made of several models ({', '.join(nested)}), and shapes are enumerated for models of "
@@ -179,7 +181,9 @@ def _check_enumerable(layout: Layout, config: PreTrainedConfig) -> None:
 
 def _has_sizes(config: PreTrainedConfig) -> bool:
     """Return whether a nested config states any size: MPT's `attn_config` has only what kind of attention it is."""
-    return any(isinstance(value, int) and not isinstance(value, bool) for name, value in vars(config).items() if is_size(name))
+    return any(
+        isinstance(value, int) and not isinstance(value, bool) for name, value in vars(config).items() if is_size(name)
+    )
 
 
 def _candidate_fields(config: PreTrainedConfig, known: set[str]) -> Iterator[tuple[str, int | None]]:

@@ -128,6 +128,18 @@ def test_of_the_blocks_nearest_to_the_threshold_those_nearest_to_the_teacher_are
     assert (set(found["dropped"]), set(found["kept"])) == ({*strongest} - {*kept}, {*kept} - {*strongest})
 
 
+def test_a_set_that_is_hardly_nearer_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"calibration_dataset": batches(), "show_progress": False, "num_hidden_layers": 4}
+    chosen = []
+    for gain in (0.0, 0.5):
+        monkeypatch.setattr(block_selection, "MIN_GAIN", gain)
+        report = from_teacher(misleading(8), method=EXACT, **options).initialization_report
+        chosen.append((report.blocks["layers"], report.calibration["exchanged_blocks"]["layers"]))
+    (taken, found), (kept, unchanged) = chosen
+    assert taken != kept and not unchanged["dropped"] and unchanged["loss"] == unchanged["influence_loss"]
+    assert found["influence_loss"] == unchanged["influence_loss"] > found["loss"] > 0.5 * unchanged["loss"]
+
+
 def test_blocks_that_change_nothing_are_not_exchanged() -> None:
     """A set of greatest influence that computes the teacher's own function is kept."""
     teacher = KINDS["llama"].teacher()
