@@ -96,9 +96,9 @@ def run_seed(todo: "list[tuple[int, str]]", args: argparse.Namespace) -> list[di
 def table(rows: "list[dict[str, Any]]") -> str:
     """Return a line for each depth and arm: mean and deviation over seeds of the perplexities, and of each seed the blocks."""
     lines = []
-    keys = ("depth", "calibration_tokens", "arm")
-    for key in dict.fromkeys(tuple(row[name] for name in keys) for row in rows):
-        of_arm = [row for row in rows if tuple(row[name] for name in keys) == key]
+    keys = ("depth", "calibration_tokens", "arm", "tokens")
+    for key in dict.fromkeys(tuple(row.get(name) for name in keys) for row in rows):
+        of_arm = [row for row in rows if tuple(row.get(name) for name in keys) == key]
         cells = [f"{key[0]} blocks, {key[1]:,} calibration tokens, {key[2]:16}"]
         for name in ("untrained", "trained"):
             found = [row[name] for row in of_arm if name in row]
