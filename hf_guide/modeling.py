@@ -245,16 +245,18 @@ def from_teacher(
     if vocabulary is not None and modules is not None:
         modules.check_no_token_ids()
     _check_cost(initializer, setup)
-    influence = initializer.collect(setup)
-    if influence is not None:
+    scores = initializer.collect(setup)
+    is_measured = scores is not None
+    while scores is not None:
         shape = resolve_student(
-            checkpoint, config, overrides, options, model_class, keywords=FROM_TEACHER_PARAMETERS, influence=influence
+            checkpoint, config, overrides, options, model_class, keywords=FROM_TEACHER_PARAMETERS, influence=scores
         )
         setup = dataclasses.replace(setup, config=shape.config, options=shape.plan_options(options))
+        scores = initializer.reselect(shape.layers)
     setup, dropped = _with_label_rows(setup, num_subclasses, projector)
 
     student = initializer.build(setup)
-    needs_dry_run = initializer.requires_layout and influence is None
+    needs_dry_run = initializer.requires_layout and not is_measured
     if needs_dry_run and student.num_parameters() > DRY_RUN_MIN_PARAMETERS:
         check_forward(student, setup.teacher.config, filled=False)
     report = initializer.initialize(student, setup)

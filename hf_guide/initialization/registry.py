@@ -17,7 +17,7 @@ line and `hf-guide methods` read the registry.
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -262,6 +262,14 @@ class InitializationMethod(abc.ABC):
 
     def collect(self, setup: StudentSetup) -> "dict[str, list[float]] | None":
         """Run the teacher on the data; return the influence of each block by stack, or None if blocks do not depend on it."""
+        return None
+
+    def reselect(self, layers: Mapping[str, Sequence[int]]) -> "dict[str, list[float]] | None":
+        """Return other scores of the blocks where a config cannot have those that `collect` chose; None leaves the blocks.
+
+        Args:
+            layers: By stack, the blocks that the student's config has, where it depends on them.
+        """
         return None
 
     def build(self, setup: StudentSetup) -> PreTrainedModel:

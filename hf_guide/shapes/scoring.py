@@ -32,7 +32,7 @@ from hf_guide.calibration.statistics import mlp_width
 from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.initialization.student_shape import StudentShape
-from hf_guide.methods.calibrated import CalibratedMethod, select_sets
+from hf_guide.methods.calibrated import CalibratedMethod, has_searched_sets, select_sets
 from hf_guide.models.layer_mapping import width_of_config
 from hf_guide.models.targets import complete_inputs
 from hf_guide.shapes.candidates import ShapeCandidate
@@ -172,31 +172,35 @@ class CalibratedScorer:
             batches = calibration.teacher.batches
             count = max(MIN_QUICK_BATCHES, round(QUICK_SHARE * len(batches)))
             calibration = dataclasses.replace(calibration, teacher=calibration.teacher.on_first_batches(count))
-        setup = self._setup(candidate, calibration)
+        setup, _ = self._setup(candidate, calibration)
         stacks = setup.validate_plan().block_mapping
         depths = tuple(len(blocks) for blocks in stacks.values())
         if depths not in self._selections:
             self._selections[depths] = select_sets(calibration, stacks, config, setup)
-        if self._selections[depths]:
-            calibration = dataclasses.replace(calibration, block_selections=self._selections[depths])
-            setup = self._setup(candidate, calibration)
+        searched = dataclasses.replace(calibration, block_selections=self._selections[depths])
+        with_sets, layers = self._setup(candidate, searched)
+        if has_searched_sets(searched, layers):
+            setup, calibration = with_sets, searched
         method = CalibratedMethod(config)
         method.reuse(calibration, setup)
         student = method.build(setup)
         method.initialize(student, setup)
         return student.eval()
 
-    def _setup(self, candidate: ShapeCandidate, calibration: CalibrationResult) -> StudentSetup:
-        """Return the setup of a candidate's student, with the blocks that the calibration's scores select."""
+    def _setup(
+        self, candidate: ShapeCandidate, calibration: CalibrationResult
+    ) -> tuple[StudentSetup, dict[str, list[int]]]:
+        """Return the setup of a candidate's student, and by stack the blocks that its config has by the scores."""
         scores = {stack: each.tolist() for stack, each in calibration.block_scores.items()}
         shape = self.resolve(candidate.overrides, scores)
-        return dataclasses.replace(
+        setup = dataclasses.replace(
             self.setup,
             model_class=shape.model_class,
             config=shape.config,
             options=shape.plan_options(self.setup.options),
             show_progress=False,
         )
+        return setup, shape.layers
 
     def _distil(self, student: PreTrainedModel) -> None:
         """Train a student on the teacher's outputs for the batches that it was calibrated on, in float32, in their order."""

@@ -312,6 +312,7 @@ def test_calibrated_chooses_the_most_influential_blocks_that_fit() -> None:
     influence = report.calibration["block_influence"]["layers"]
     others = sorted(range(1, 6), key=lambda block: -influence[block])[:2]
     assert report.blocks["layers"] == [0, *sorted(others)]
+    assert any("cannot have those that layer_selection='local_search' chose" in note for note in report.notes)
 
 
 def test_kinds_are_checked_before_any_data_is_run() -> None:
