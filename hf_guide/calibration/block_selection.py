@@ -81,12 +81,7 @@ def check_comparable(setup: StudentSetup, stacks: Collection[str]) -> OutputComp
 
 
 def select_blocks(
-    calibration: CalibrationResult,
-    counts: Mapping[str, int],
-    comparison: OutputComparison,
-    *,
-    greedy: bool,
-    show_progress: bool = False,
+    calibration: CalibrationResult, counts: Mapping[str, int], setup: StudentSetup, *, greedy: bool
 ) -> dict[str, BlockSelection]:
     """Return, by stack, which blocks to keep, so many as `counts` has; empty where no stack loses a block.
 
@@ -95,17 +90,18 @@ def select_blocks(
     Args:
         calibration: What was collected of the teacher.
         counts: By stack, the student's blocks.
-        comparison: As `check_comparable` returned it.
+        setup: Of the student.
         greedy: Whether blocks are removed one by one; otherwise there is a local search.
-        show_progress: Whether to show a progress bar.
 
     Raises:
-        IncomparableOutputs: The model has blocks that do not run one after another, or a single example of embeddings.
+        IncomparableOutputs: As `check_comparable`; the model has blocks that do not run one after another, or a single example
+            of embeddings.
     """
     depths = {stack: len(blocks) for stack, blocks in calibration.teacher.stacks.items()}
     smaller = [stack for stack, count in counts.items() if count < depths.get(stack, count)]
     if not smaller:
         return {}
+    comparison = check_comparable(setup, counts)
     (stack,) = smaller
     saved = None if greedy or calibration.checkpoint is None else calibration.checkpoint.load_step(SEARCH_STEP)
     if saved is not None:
@@ -116,7 +112,7 @@ def select_blocks(
             search = _Search(sample, stack, comparison, calibration.checkpoint)
             influence = calibration.statistics.block_influence[stack]
             select = search.remove if greedy else search.search
-            return {stack: select(counts[stack], influence, show_progress=show_progress)}
+            return {stack: select(counts[stack], influence, show_progress=setup.show_progress)}
     except UnsupportedBlockStructure as error:
         raise IncomparableOutputs(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error
 

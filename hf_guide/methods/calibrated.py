@@ -260,14 +260,11 @@ def select_sets(
         IncomparableOutputs: A greedy removal is not possible.
     """
     is_greedy = config.layer_selection == LayerSelection.GREEDY
-    counts = {stack: len(blocks) for stack, blocks in stacks.items()}
-    depths = {stack: len(blocks) for stack, blocks in calibration.teacher.stacks.items()}
-    is_shallower = any(count < depths.get(stack, count) for stack, count in counts.items())
-    if not is_shallower or not (is_greedy or config.layer_selection == LayerSelection.LOCAL_SEARCH):
+    if not is_greedy and config.layer_selection != LayerSelection.LOCAL_SEARCH:
         return {}
+    counts = {stack: len(blocks) for stack, blocks in stacks.items()}
     try:
-        comparison = check_comparable(setup, stacks)
-        return select_blocks(calibration, counts, comparison, greedy=is_greedy, show_progress=setup.show_progress)
+        return select_blocks(calibration, counts, setup, greedy=is_greedy)
     except IncomparableOutputs as error:
         if is_greedy:
             raise
