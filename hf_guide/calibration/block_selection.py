@@ -145,7 +145,7 @@ class _Search:
         comparison: OutputComparison,
         checkpoint: CalibrationCheckpoint | None,
     ):
-        self.sample, self.stack, self.comparison, self.checkpoint = sample, stack, comparison, checkpoint
+        self.sample, self.comparison, self.checkpoint = sample, comparison, checkpoint
         self.parts = [comparison.parts(batch) for batch in sample.batches]
         self.blocks: SequentialBlocks = sample.start(stack)
         if not self.blocks.structure.is_replayable:
@@ -164,7 +164,7 @@ class _Search:
         best = losses.index(min(losses))
         if not losses[best] <= (1 - MIN_GAIN) * losses[0]:
             best = 0  # the blocks of greatest influence
-        selection = BlockSelection([], sets[best], losses[0], losses[best])
+        selection = BlockSelection(kept=sets[best], influence_loss=losses[0], kept_loss=losses[best])
         if self.checkpoint is not None:
             self.checkpoint.save_step(SEARCH_STEP, {"kept": torch.tensor(selection.kept)}, vars(selection))
         return selection

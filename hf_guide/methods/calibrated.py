@@ -122,7 +122,8 @@ class CalibratedMethod(InitializationMethod):
 
     def reselect(self, layers: Mapping[str, Sequence[int]]) -> dict[str, list[float]] | None:
         """Return the influence of the blocks where the student's config cannot have the set that a search chose."""
-        if has_searched_sets(self.calibration, layers):
+        searched = {stack: each.kept for stack, each in self.calibration.block_selections.items() if not each.removed}
+        if all(list(layers.get(stack, kept)) == kept for stack, kept in searched.items()):
             return None
         self.calibration.block_selections = {}
         self.calibration.notes.append(
@@ -270,17 +271,6 @@ def select_sets(
             raise
         calibration.notes.append(f"The blocks of greatest influence were kept. {error}")
         return {}
-
-
-def has_searched_sets(calibration: CalibrationResult, layers: Mapping[str, Sequence[int]]) -> bool:
-    """Return whether a student has the blocks that a local search chose, if there was one.
-
-    Args:
-        calibration: What was collected.
-        layers: By stack, the student's blocks, where its config depends on them.
-    """
-    sets = {stack: each.kept for stack, each in calibration.block_selections.items() if not each.removed}
-    return all(list(layers.get(stack, kept)) == kept for stack, kept in sets.items())
 
 
 def _to_lists(influence: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -181,9 +181,7 @@ def _check_enumerable(layout: Layout, config: PreTrainedConfig) -> None:
 
 def _has_sizes(config: PreTrainedConfig) -> bool:
     """Return whether a nested config states any size: MPT's `attn_config` has only what kind of attention it is."""
-    return any(
-        isinstance(value, int) and not isinstance(value, bool) for name, value in vars(config).items() if is_size(name)
-    )
+    return any(value is not None for _, value in _candidate_fields(config, set()))
 
 
 def _candidate_fields(config: PreTrainedConfig, known: set[str]) -> Iterator[tuple[str, int | None]]:

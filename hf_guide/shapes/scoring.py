@@ -32,7 +32,7 @@ from hf_guide.calibration.statistics import mlp_width
 from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.initialization.student_shape import StudentShape
-from hf_guide.methods.calibrated import CalibratedMethod, has_searched_sets, select_sets
+from hf_guide.methods.calibrated import CalibratedMethod, select_sets
 from hf_guide.models.layer_mapping import width_of_config
 from hf_guide.models.targets import complete_inputs
 from hf_guide.shapes.candidates import ShapeCandidate
@@ -167,22 +167,22 @@ class CalibratedScorer:
 
     def _start(self, candidate: ShapeCandidate, *, quick: bool) -> PreTrainedModel:
         """Return the student of a candidate; a quick one is refitted on a part of the data."""
-        config, calibration = self.config, dataclasses.replace(self.calibration, checkpoint=None)
+        config, calibration = self.config, dataclasses.replace(self.calibration, checkpoint=None, notes=[])
         if quick:
             batches = calibration.teacher.batches
             count = max(MIN_QUICK_BATCHES, round(QUICK_SHARE * len(batches)))
             calibration = dataclasses.replace(calibration, teacher=calibration.teacher.on_first_batches(count))
         setup, _ = self._setup(candidate, calibration)
-        stacks = setup.validate_plan().block_mapping
-        depths = tuple(len(blocks) for blocks in stacks.values())
-        if depths not in self._selections:
-            self._selections[depths] = select_sets(calibration, stacks, config, setup)
-        searched = dataclasses.replace(calibration, block_selections=self._selections[depths])
-        with_sets, layers = self._setup(candidate, searched)
-        if has_searched_sets(searched, layers):
-            setup, calibration = with_sets, searched
         method = CalibratedMethod(config)
         method.reuse(calibration, setup)
+        depths = tuple(map(len, method.stacks.values()))
+        if depths not in self._selections:
+            self._selections[depths] = select_sets(calibration, method.stacks, config, setup)
+        if self._selections[depths]:
+            calibration.block_selections = self._selections[depths]
+            searched, layers = self._setup(candidate, calibration)
+            if method.reselect(layers) is None:
+                setup = searched
         student = method.build(setup)
         method.initialize(student, setup)
         return student.eval()
