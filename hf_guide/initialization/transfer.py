@@ -51,6 +51,7 @@ from hf_guide.layouts.grammar import (
 from hf_guide.layouts.registry import PREFIX_AXES, BlockTransfer, Layout, config_sizes
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.finite import is_finite
+from hf_guide.utils.half_precision import multiplies_in
 
 MIN_BFLOAT16_PRODUCTS = 1e9
 """Multiplications of a product from which bfloat16 is used: below, float32 takes no more than a few hundredths of a second."""
@@ -357,7 +358,7 @@ class Transfer:
             stored == parameter.dtype == torch.bfloat16 and len(sizes) == 1 and not any(map(_is_scaled, maps))
         )
         large = in_bfloat16 and numbers * sizes[0] >= MIN_BFLOAT16_PRODUCTS
-        return torch.bfloat16 if large and multiplies_bfloat16() else self.dtype
+        return torch.bfloat16 if large and multiplies_in(torch.bfloat16) else self.dtype
 
     def _terms(self, parameter: ParameterPlan, total: int) -> list[int]:
         output = parameter.match.row.output_axis
@@ -703,13 +704,6 @@ class Transfer:
                 ]
             records.append(record)
         return records
-
-
-@functools.cache
-def multiplies_bfloat16() -> bool:
-    """Return whether this processor multiplies matrices in bfloat16, summed in float32, faster than in float32."""
-    features = torch.cpu.get_capabilities()
-    return torch.backends.mkldnn.is_available() and bool(features.get("avx512_bf16") or features.get("amx_bf16"))
 
 
 def _is_scaled(chosen: AxisMap) -> bool:

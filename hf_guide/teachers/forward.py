@@ -36,6 +36,7 @@ from hf_guide.teachers.inputs import TeacherInputs, build_teacher_inputs
 from hf_guide.teachers.patches import convert_patches, normalizes_patches
 from hf_guide.teachers.retokenization import RetokenizedBatch, Retokenizer
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
+from hf_guide.utils.half_precision import fast_half_products
 
 _TARGET_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positions", "return_loss")
 """Inputs by which a model would compute a loss of its own."""
@@ -122,6 +123,8 @@ def forward_outputs(
     head_inputs: list[Tensor] = []
     captured: list[Tensor] = []
     with contextlib.ExitStack() as stack:
+        if not torch.is_grad_enabled():
+            stack.enter_context(fast_half_products(bare))
         if inputs is not None:
             stack.enter_context(inputs.special_tokens())
         head_outputs = stack.enter_context(capture_head_outputs(bare, task))
@@ -328,7 +331,11 @@ class LiveTeacher:
                 computed, first = None, start
                 # In the teacher's precision, not in the student's autocast.
                 rows = slice(start, max(stop, start + ahead))
-                with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+                with (
+                    torch.no_grad(),
+                    torch.autocast(hidden.device.type, enabled=False),
+                    fast_half_products(head.module),
+                ):
                     logits = head.logits(hidden[rows])
                     if states is not None and inputs is not None and inputs.retokenizer is not None:
                         logits = inputs.retokenizer.merge(logits, states[rows])
@@ -426,7 +433,8 @@ class TeacherRunner:
         selected = source[rows.to(source.device), positions.to(source.device)]
         if self.head is None:
             return selected
-        logits = self.head.transform(self.head.module(selected))
+        with fast_half_products(self.head.module):
+            logits = self.head.transform(self.head.module(selected))
         if outputs.retokenized is None or self.inputs.retokenizer is None:
             return logits
         states = outputs.retokenized.states

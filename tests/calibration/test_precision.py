@@ -10,6 +10,7 @@ import transformers
 from hf_guide import InitializationReport, ShapeError, from_teacher
 from hf_guide.calibration.head_fitting import count_token_ids
 from hf_guide.calibration.refit import assign_checked
+from hf_guide.utils import half_precision
 from tests.calibration.small_students import make_student, token_batches
 from tests.tiny import KINDS, same_bits
 
@@ -21,11 +22,13 @@ def refitted(report: InitializationReport) -> set[str]:
     return {each.name for each in report.parameters if any("refitted" in step for step in each.steps)}
 
 
+@pytest.mark.parametrize("has_instructions", [True, False], ids=["with instructions", "without"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_a_half_precision_teacher_has_the_same_weights_fitted_as_its_float32_copy(
-    name: str, dtype: torch.dtype
+    name: str, dtype: torch.dtype, has_instructions: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(half_precision, "multiplies_in", lambda dtype: has_instructions)
     kind = KINDS[name]
     half = kind.teacher().to(dtype)
     options: dict[str, Any] = {"method": "calibrated", "calibration_dataset": token_batches(), "show_progress": False}

@@ -68,7 +68,7 @@ def test_bfloat16_products_add_no_more_than_the_rounding_of_the_weights(monkeypa
     students = {}
     for products, smallest in (("float32", 1e18), ("bfloat16", 0)):
         monkeypatch.setattr(transfer, "MIN_BFLOAT16_PRODUCTS", smallest)
-        monkeypatch.setattr(transfer, "multiplies_bfloat16", lambda: True)
+        monkeypatch.setattr(transfer, "multiplies_in", lambda dtype: True)
         students[products] = from_teacher(model, show_progress=False, **overrides("llama")).state_dict()
     differs = False
     for name, reference in exact.items():
