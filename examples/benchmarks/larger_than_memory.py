@@ -23,9 +23,10 @@ process; the read once from the disk, once from the page cache. Needs the packag
 `--calibrated WIDTH:BLOCKS ...` makes students by `method="calibrated"` instead, each in a fresh process of one thread, with
 all activations on the disk: the memory taken against the student, three of the teacher's largest tensors and two of its
 blocks, and against the estimate; and the processor time against that of a forward pass of the same tokens (a block's, times
-the number of blocks, without the head). A teacher has a vocabulary of 32,000 and an MLP of four times its width; the student
-is half as wide in everything, with half the blocks. `8b:BLOCKS` is a teacher of Llama-3.1-8B's width and vocabulary with so
-many blocks, `3b:BLOCKS` of Llama-3.2-3B's with a head of its own, and `smollm2:30` is SmolLM2-135M in bfloat16 (`--teacher`).
+the number of blocks, without the head; in bfloat16 or float32, whichever is faster on this machine). A teacher has a
+vocabulary of 32,000 and an MLP of four times its width; the student is half as wide in everything, with half the blocks.
+`8b:BLOCKS` is a teacher of Llama-3.1-8B's width and vocabulary with so many blocks, `3b:BLOCKS` of Llama-3.2-3B's with a head
+of its own, and `smollm2:30` is SmolLM2-135M in bfloat16 (`--teacher`).
 With `--resume FOLDER` a stopped run continues.
 """
 
@@ -201,12 +202,16 @@ del student
 blocks, config.num_hidden_layers, config.vocab_size = config.num_hidden_layers, 1, 8
 model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).model.eval()
 inputs = torch.randn(1, 256, config.hidden_size, generator=generator).bfloat16()
+passes = []
 with torch.no_grad():
-    model(inputs_embeds=inputs)
-    start = time.process_time()
-    for _ in batches:
-        model(inputs_embeds=inputs, use_cache=False)
-    row["forward_pass"] = blocks * (time.process_time() - start)
+    for dtype in (torch.bfloat16, torch.float32):  # the faster one; without instructions for bfloat16 that is float32
+        model, inputs = model.to(dtype), inputs.to(dtype)
+        model(inputs_embeds=inputs)
+        start = time.process_time()
+        for _ in batches[:8]:
+            model(inputs_embeds=inputs, use_cache=False)
+        passes.append(blocks * (time.process_time() - start) * rows / min(rows, 8))
+row["forward_pass"], row["forward_pass_dtype"] = min(zip(passes, ("bfloat16", "float32")))
 print(json.dumps(row))
 """
 

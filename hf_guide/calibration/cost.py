@@ -15,13 +15,17 @@ from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import default_num_tokens
 from hf_guide.calibration.head_fitting import LOGIT_SCALE_TOKENS, TOKENS_AT_A_TIME
 from hf_guide.calibration.least_squares import fit_dtype, max_eps
+from hf_guide.calibration.output_comparison import NUMBERS_AT_A_TIME
 from hf_guide.initialization.config import LayerSelection
 from hf_guide.initialization.cost import CostPart
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.models.model_classes import strip_base_prefix
 
-TEACHER_PASSES, STUDENT_PASSES, SEARCH_PASSES = 2, 4, 11
-"""Over all tokens of the teacher and of the student; and over its own sample, of a local search of the blocks."""
+TEACHER_PASSES, STUDENT_PASSES = 2, 4
+"""Over all tokens of the teacher and of the student."""
+
+SEARCH_PASSES, SEARCHED_SETS = 11, 21
+"""Of a local search over its own sample, where a single stack is searched; and how often another stack runs for each."""
 
 OVERHEAD_BYTES = 200_000_000
 """What the process takes besides: modules that are imported when they are used, and freed memory that is not given back."""
@@ -51,7 +55,8 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
     tokens = config.calibration_tokens or default_num_tokens(neurons)
     is_shallower = sum(map(len, plan.block_mapping.values())) < len(blocks)
     searches = is_shallower and config.layer_selection == LayerSelection.LOCAL_SEARCH
-    searched = float(SEARCH_TOKENS * SEARCH_PASSES * numbers) if searches else 0.0
+    stacks = len(plan.block_mapping)
+    searched = float(SEARCH_TOKENS * numbers * (SEARCH_PASSES if stacks == 1 else stacks * SEARCHED_SETS)) * searches
     if not isinstance(setup.source, PreTrainedModel):
         held = outside + 2 * max(blocks.values(), default=0)
         read = (3 if searched else 2) * whole
@@ -77,7 +82,8 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
         "a batch in a block", batch * item * (8 * width + 4 * neurons), advice="a lower calibration_batch_size"
     )
     yield run
-    yield CostPart("the logits", logits * vocab)
+    compared = SEARCH_TOKENS * (8 + item) * vocab + 16 * NUMBERS_AT_A_TIME if searches else 0
+    yield CostPart("the logits", max(logits * vocab, compared))
     if refits:
         exact = fit_dtype(max_eps(teacher.dtype, setup.dtype)).itemsize
         yield CostPart(
@@ -99,6 +105,6 @@ def _fit_bytes(tokens: int, width: int, student_width: int, student_neurons: int
     features = max(student_width, student_neurons)
     if tokens < features:  # the rows, put together, and by the root of their penalties; and the system between them
         of_outputs = tokens * (8 * features + 2 * exact * features + 8 * student_width) + 4 * exact * tokens**2
-    else:  # three sums, two of them in float32 as well, the system and its factor
-        of_outputs = 8 * 6 * features**2 + 8 * 3 * features * student_width
+    else:  # two sums, both in float32 as well, the system and its factor
+        of_outputs = 8 * 5 * features**2 + 8 * 3 * features * student_width
     return max(of_inputs, of_outputs)

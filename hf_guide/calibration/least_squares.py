@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
+from hf_guide.utils.memory import return_freed_memory
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridges that are tried, in units of the mean square of a feature: from nearly unregularised to nearly fixed."""
@@ -153,9 +154,6 @@ class NormalEquations:
             *(torch.div(each, scale, out=torch.empty_like(each, dtype=dtype)) for each in (self.gram, self.cross))
         )
 
-    def __add__(self, other: "NormalEquations") -> "NormalEquations":
-        return NormalEquations(self.gram + other.gram, self.cross + other.cross)
-
 
 def is_held_out(batch: int) -> bool:
     """Return whether this process's batch of that index is held out to choose the ridge."""
@@ -193,6 +191,19 @@ class TrainValNormalEquations:
     def columns(self, columns: slice) -> "TrainValNormalEquations":
         """Return the sums over some of the features, sharing memory."""
         return TrainValNormalEquations(self.train.columns(columns), self.validation.columns(columns))
+
+    def clone(self) -> "TrainValNormalEquations":
+        """Return a copy of the sums."""
+        copies = (NormalEquations(each.gram.clone(), each.cross.clone()) for each in (self.train, self.validation))
+        return TrainValNormalEquations(*copies)
+
+    def merge(self) -> NormalEquations:
+        """Return the sums over all batches; those of the training batches become these, and the others are freed."""
+        if len(self.validation.gram):
+            self.train.gram += self.validation.gram
+            self.train.cross += self.validation.cross
+            self.validation = NormalEquations.zeros(0, 0)
+        return self.train
 
 
 @dataclass
@@ -295,7 +306,7 @@ def fit_weights(
 
     Args:
         targets: The weights.
-        sums: The normal equations of their input.
+        sums: The normal equations of their input; they are merged, for the want of memory.
         ridge: None chooses one of `RIDGES`.
         eps: Relative rounding error of the models, from `max_eps`.
         dtype: The dtype of what is proportional to the number of rows.
@@ -303,11 +314,12 @@ def fit_weights(
     Returns:
         None where every update does worse on the held-out batches than none, or reduces the error by no more than rounding.
     """
+    return_freed_memory()  # of the run that collected the sums
     scored = [target.scored(dtype) for target in targets]
     chosen: list[_Candidate | None] = [(RIDGES[2] if ridge is None else ridge, False)] * len(targets)
     if ridge is None and sums.validation.gram.any():
         chosen = _best_on_validation(scored, sums, eps, dtype)
-    total = sums.train + sums.validation
+    total = sums.merge()
     in_dtype = total if dtype == torch.float64 else total.to(dtype)
     factors = {candidate: RidgeFactor(total.gram, *candidate) for candidate in set(chosen) if candidate is not None}
     fits: list[Fit | None] = []
@@ -342,17 +354,29 @@ def _best_on_validation(
     compared. (An eigendecomposition, which would serve all ridges, takes as long as 17 factorizations.)
     """
     search_dtype = torch.float32 if eps >= torch.finfo(torch.float32).eps else torch.float64
-    scale = _overflow_scale(sums.train.gram.diagonal())
-    train, validation = (each.to(dtype, scale) for each in (sums.train, sums.validation))
-    missing, held_out = (
-        torch.cat([rows.missing(each) for rows in scored]).to(search_dtype) for each in (train, validation)
-    )
-    grams = [each.gram.to(search_dtype) for each in (train, validation)]
+    scale = _overflow_scale(sums.train.gram.diagonal()) if search_dtype == torch.float32 else 1.0
+
+    def in_search_dtype(each: NormalEquations) -> tuple[Tensor, Tensor]:
+        converted = each if dtype == torch.float64 else each.to(dtype, scale)
+        missing = torch.cat([rows.missing(converted) for rows in scored])
+        missing /= scale if converted is each else 1.0
+        same = search_dtype == torch.float64 or converted is not each
+        gram = (
+            converted.gram
+            if same
+            else torch.div(each.gram, scale, out=torch.empty_like(each.gram, dtype=search_dtype))
+        )
+        return gram, missing.to(search_dtype)
+
+    gram, missing = in_search_dtype(sums.train)
+    held_out_gram, held_out = in_search_dtype(sums.validation)
+    if search_dtype == torch.float32:
+        sums.merge()  # so that less is in memory
     sizes = [len(rows.weight) for rows in scored]
 
     def reductions(ridge: float, by_feature: bool) -> list[float]:
-        update = RidgeFactor(grams[0], ridge, by_feature).update(missing)
-        terms = (update * (2 * held_out - update @ grams[1])).sum(1, dtype=torch.float64)
+        update = RidgeFactor(gram, ridge, by_feature).update(missing)
+        terms = (update * (2 * held_out - update @ held_out_gram)).sum(1, dtype=torch.float64)
         return [part.sum().item() for part in terms.split(sizes)]
 
     return _search(len(sizes), lambda by_feature: lambda ridge: reductions(ridge, by_feature))
@@ -418,10 +442,13 @@ class RidgeFactor:
             return
         # A unit diagonal, because features with massive activations would cost the others the digits of the dtype.
         self._unit = (squares / self._scale + ridge * _penalties(squares, by_feature)).rsqrt()
+        self._factor = factorize_(self._system(gram))
+        self._inverse = torch.linalg.pinv(self._system(gram), hermitian=True) if self._factor is None else None
+
+    def _system(self, gram: Tensor) -> Tensor:
         system = (gram * (self._unit / self._scale)).mul_(self._unit[:, None])
         system.diagonal().fill_(1.0)
-        self._factor, failed = torch.linalg.cholesky_ex(system)
-        self._inverse = torch.linalg.pinv(system, hermitian=True) if failed else None
+        return system
 
     def update(self, residual: Tensor) -> Tensor:
         """Return the update for the sum of r^T x, (out, features), in its dtype."""
@@ -429,11 +456,33 @@ class RidgeFactor:
             return torch.zeros_like(residual)
         unit = self._unit.to(residual.dtype)
         right = residual / self._scale * unit
-        if self._inverse is None and len(right) > len(self._factor):
+        if self._factor is not None and len(right) > len(self._factor):
             self._inverse = torch.cholesky_inverse(self._factor)  # a product takes half the time of a solution
+            self._factor = None
         if self._inverse is not None:
             return (right @ self._inverse.to(right.dtype)) * unit
-        return torch.cholesky_solve(right.to(self._factor.dtype).T, self._factor).T.to(residual.dtype) * unit
+        assert self._factor is not None
+        return solve_factorized(self._factor, right.to(self._factor.dtype).T).T.to(residual.dtype) * unit
+
+
+def factorize_(system: Tensor) -> Tensor | None:
+    """Return the Cholesky factor of a symmetric matrix, in its memory; None if it is not positive definite.
+
+    Example:
+        >>> factorize_(torch.diag(torch.tensor([4.0, 9.0])))
+        tensor([[2., 0.],
+                [0., 3.]])
+    """
+    factor, failed = system.mT, torch.empty((), dtype=torch.int32, device=system.device)  # LAPACK stores columns
+    torch.linalg.cholesky_ex(factor, out=(factor, failed))
+    return None if failed else factor
+
+
+def solve_factorized(factor: Tensor, right: Tensor) -> Tensor:
+    """Return the solution X of L L^T X = B, without the copy of L that `torch.cholesky_solve` makes."""
+    return torch.linalg.solve_triangular(
+        factor.mT, torch.linalg.solve_triangular(factor, right, upper=False), upper=True
+    )
 
 
 class TokenRegression:
@@ -539,14 +588,16 @@ class TokenKernel:
     def coefficients(self, y: Tensor, ridge: float) -> Tensor:
         """Return what the first rows are multiplied by, (tokens, outputs), for as many rows of targets, in their dtype."""
         count = len(y)
-        system = self.matrix[:count, :count].to(y.dtype, copy=True)
-        unit = (system.diagonal() + ridge).rsqrt()
+        unit = (self.matrix.diagonal()[:count].to(y.dtype) + ridge).rsqrt()
+        right, factor = y * unit[:, None], factorize_(self._system(unit))
+        if factor is None:
+            return (torch.linalg.pinv(self._system(unit), hermitian=True) @ right) * unit[:, None]
+        return solve_factorized(factor, right) * unit[:, None]
+
+    def _system(self, unit: Tensor) -> Tensor:
+        system = self.matrix[: len(unit), : len(unit)].to(unit.dtype, copy=True)
         system.mul_(unit).mul_(unit[:, None]).diagonal().fill_(1.0)
-        factor, failed = torch.linalg.cholesky_ex(system)
-        right = y * unit[:, None]
-        if failed:
-            return (torch.linalg.pinv(system, hermitian=True) @ right) * unit[:, None]
-        return torch.cholesky_solve(right, factor) * unit[:, None]
+        return system
 
     def update(self, coefficients: Tensor) -> Tensor:
         """Return the weight's update, (outputs, features), for coefficients of all rows."""

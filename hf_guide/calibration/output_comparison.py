@@ -26,6 +26,9 @@ from hf_guide.models.sentence_modules import SENTENCE, TOKENS, Pooling
 from hf_guide.models.targets import target_mask
 from hf_guide.tasks import OutputKind, Task, output_kind, task_of
 
+NUMBERS_AT_A_TIME = 2**22
+"""Logits of which a divergence is computed at a time: it takes several copies of them."""
+
 
 class IncomparableOutputs(OptionError):
     """Outputs of a model that cannot be compared with those of another on calibration data."""
@@ -192,6 +195,12 @@ def divergence(student: Tensor, teacher: Tensor) -> Tensor:
         >>> divergence(torch.zeros(1, 2), torch.tensor([[0.0, 100.0]]))
         tensor([0.6931])
     """
+    step = max(1, NUMBERS_AT_A_TIME // max(1, student.shape[-1]))
+    parts = zip(student.split(step), teacher.split(step), strict=True)
+    return torch.cat([_divergence(*part) for part in parts])
+
+
+def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     own, target = student.log_softmax(-1), teacher.log_softmax(-1)
     possible = target > -torch.inf
     difference = torch.where(possible, target, 0) - torch.where(possible, own, 0)

@@ -30,6 +30,7 @@ from hf_guide.models.hooks import (
     register_input_hook,
     removable_hooks,
 )
+from hf_guide.utils.memory import return_freed_memory
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any], str | None]
 """The other positional arguments, the other keywords, and the keyword of the hidden states; None if they are positional."""
@@ -271,6 +272,7 @@ class SequentialBlocks:
                     outputs[batch] = output
                 else:
                     outputs.append(output)
+        return_freed_memory()
         self.hidden_states = outputs
         self.next += 1
         if recorder is not None:

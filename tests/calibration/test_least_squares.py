@@ -34,7 +34,7 @@ def normal_equations(x: Tensor, y: Tensor) -> NormalEquations:
 
 def fit(weight: Tensor, train: NormalEquations, validation: NormalEquations, ridge: float | None) -> Fit | None:
     target = FitTarget(len(weight), lambda rows: weight[rows])
-    return fit_weights([target], TrainValNormalEquations(train, validation), ridge)[0]
+    return fit_weights([target], TrainValNormalEquations(train, validation).clone(), ridge)[0]
 
 
 def fitted(fit: Fit | None, weight: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def test_high_variance_features_do_not_regularise_the_others() -> None:
     scales[0] = 1e3
     x, truth = normal(400, 20) * scales, normal(3, 20, seed=1)
     halves = [normal_equations(rows, rows @ truth.T) for rows in x.split(200)]
-    zeros, total = torch.zeros(3, 20, dtype=torch.float64), halves[0] + halves[1]
+    zeros, total = torch.zeros(3, 20, dtype=torch.float64), TrainValNormalEquations(*halves).clone().merge()
     update = fitted(fit(zeros, *halves, None), zeros)
     by_mean = ridge_update(total.gram, total.cross, 1e-3)  # by the mean of all, the high-variance one's
     errors = [((each - truth)[:, 1:].norm() / truth[:, 1:].norm()).item() for each in (update, by_mean)]
