@@ -5,7 +5,8 @@ of blocks with nearly the same influence the wrong one costs SmolLM2-135M a tenf
 
 The local search leaves open which of the blocks nearest to the threshold are kept, the three kept ones of least influence
 and the three dropped ones of most. Of all 20 sets it takes the one whose outputs are nearest to the teacher's on a sample of
-the calibration text, if that is nearer by a tenth.
+the calibration text, if that is nearer by a tenth and the student's config can have it. Of several stacks, as in an
+encoder-decoder, each is searched with the others whole.
 
 In a greedy removal every block is evaluated in the model without the blocks that were removed before it (SLEB, arXiv
 2402.09025), by the loss that shapes are scored by. Removals that looked worse before are evaluated again only where they
@@ -67,29 +68,41 @@ _WHAT = "Sets of blocks"
 _ADVICE = "Set layer_selection='block_influence'."
 
 
-def check_comparable(setup: StudentSetup, stacks: Collection[str]) -> OutputComparison:
+def check_comparable(setup: StudentSetup) -> OutputComparison:
     """Return what compares a teacher's outputs with those without a block.
 
     Raises:
-        IncomparableOutputs: It has several stacks, or outputs that cannot be compared.
+        IncomparableOutputs: They cannot be compared.
     """
     teacher = dataclasses.replace(setup, model_class=setup.teacher.model_class, config=setup.teacher.config)
-    comparison = OutputComparison(teacher, what=_WHAT, advice=_ADVICE)
+    return OutputComparison(teacher, what=_WHAT, advice=_ADVICE)
+
+
+def check_removable(setup: StudentSetup, stacks: Collection[str]) -> None:
+    """Raise where blocks cannot be removed one by one.
+
+    Raises:
+        IncomparableOutputs: There are several stacks, or as `check_comparable`.
+    """
     if len(stacks) > 1:
-        raise IncomparableOutputs(f"{_WHAT} are evaluated in models of one stack; found {sorted(stacks)}. {_ADVICE}")
-    return comparison
+        raise IncomparableOutputs(
+            f"Blocks are removed one by one from models of one stack; found {sorted(stacks)}. {_ADVICE}"
+        )
+    check_comparable(setup)
 
 
 def select_blocks(
-    calibration: CalibrationResult, counts: Mapping[str, int], setup: StudentSetup, *, greedy: bool
-) -> dict[str, BlockSelection]:
-    """Return, by stack, which blocks to keep, so many as `counts` has; empty where no stack loses a block.
+    calibration: CalibrationResult, stack: str, by_influence: Sequence[int], setup: StudentSetup, *, greedy: bool
+) -> BlockSelection:
+    """Return which blocks of a stack to keep, with all others of the model whole.
 
     The loss of the sample with these blocks alone is never larger than with those of greatest influence.
 
     Args:
         calibration: What was collected of the teacher.
-        counts: By stack, the student's blocks.
+        stack: The stack, such as "layers.{block}".
+        by_influence: The blocks of greatest influence of those that the student's config can have, in order; of a greedy
+            removal only their number matters.
         setup: Of the student.
         greedy: Whether blocks are removed one by one; otherwise there is a local search.
 
@@ -97,24 +110,25 @@ def select_blocks(
         IncomparableOutputs: As `check_comparable`; the model has blocks that do not run one after another, or a single example
             of embeddings.
     """
-    depths = {stack: len(blocks) for stack, blocks in calibration.teacher.stacks.items()}
-    smaller = [stack for stack, count in counts.items() if count < depths.get(stack, count)]
-    if not smaller:
-        return {}
-    comparison = check_comparable(setup, counts)
-    (stack,) = smaller
-    saved = None if greedy or calibration.checkpoint is None else calibration.checkpoint.load_step(SEARCH_STEP)
+    comparison, step = check_comparable(setup), _search_step(stack)
+    saved = None if greedy or calibration.checkpoint is None else calibration.checkpoint.load_step(step)
     if saved is not None:
-        return {stack: BlockSelection(**saved[1])}
+        return BlockSelection(**saved[1])
     sample = _sample(calibration.teacher, comparison, GREEDY_TOKENS if greedy else SEARCH_TOKENS)
     try:
         with calibration_mode(sample.model):
             search = _Search(sample, stack, comparison, calibration.checkpoint)
-            influence = calibration.statistics.block_influence[stack]
-            select = search.remove if greedy else search.search
-            return {stack: select(counts[stack], influence, show_progress=setup.show_progress)}
+            select, influence = (
+                search.remove if greedy else search.search,
+                calibration.statistics.block_influence[stack],
+            )
+            return select(by_influence, influence, show_progress=setup.show_progress)
     except UnsupportedBlockStructure as error:
         raise IncomparableOutputs(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error
+
+
+def _search_step(stack: str) -> str:
+    return f"{SEARCH_STEP}.{stack.removesuffix('.{block}')}"
 
 
 def _sample(teacher: SequentialModel, comparison: OutputComparison, tokens: int) -> SequentialModel:
@@ -145,7 +159,7 @@ class _Search:
         comparison: OutputComparison,
         checkpoint: CalibrationCheckpoint | None,
     ):
-        self.sample, self.comparison, self.checkpoint = sample, comparison, checkpoint
+        self.sample, self.stack, self.comparison, self.checkpoint = sample, stack, comparison, checkpoint
         self.parts = [comparison.parts(batch) for batch in sample.batches]
         self.blocks: SequentialBlocks = sample.start(stack)
         if not self.blocks.structure.is_replayable:
@@ -154,19 +168,21 @@ class _Search:
         self.before: dict[int, Streams] = {}
         self.reference: list[Tensor] = []
 
-    def search(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockSelection:
-        """Return the blocks with which the outputs are nearest to the teacher's, of all sets of `count` that are tried."""
+    def search(self, by_influence: Sequence[int], influence: Tensor, *, show_progress: bool) -> BlockSelection:
+        """Return the blocks with which the outputs are nearest to the teacher's, of all sets that are tried."""
         order: list[int] = influence.argsort(descending=True, stable=True).tolist()
+        order.sort(key=lambda block: block not in by_influence)  # stable: the blocks that are kept come first
+        count = len(by_influence)
         free = min(MARGINAL_BLOCKS, count, len(order) - count)
         kept, marginal = order[: count - free], order[count - free : count + free]
         sets = [sorted([*kept, *chosen]) for chosen in itertools.combinations(marginal, free)]
         losses = self._divergences(sets, show_progress=show_progress)
-        best = losses.index(min(losses))
-        if not losses[best] <= (1 - MIN_GAIN) * losses[0]:
-            best = 0  # the blocks of greatest influence
-        selection = BlockSelection(kept=sets[best], influence_loss=losses[0], kept_loss=losses[best])
+        nearer = [each for each in zip(sets, losses, strict=True) if each[1] <= (1 - MIN_GAIN) * losses[0]]
+        ranked = [*sorted(nearer, key=lambda each: each[1]), (sets[0], losses[0])]
+        selection = BlockSelection(influence_loss=losses[0], by_influence=sets[0], next_best=ranked).without_best()
         if self.checkpoint is not None:
-            self.checkpoint.save_step(SEARCH_STEP, {"kept": torch.tensor(selection.kept)}, vars(selection))
+            step = _search_step(self.stack)
+            self.checkpoint.save_step(step, {"kept": torch.tensor(selection.kept)}, vars(selection))
         return selection
 
     def _divergences(self, sets: Sequence[Sequence[int]], *, show_progress: bool) -> list[float]:
@@ -188,8 +204,9 @@ class _Search:
         reference = list(self._outputs(teacher))
         return self._means([self.comparison.all_differences(self._outputs(final), reference) for final in finals])
 
-    def remove(self, count: int, influence: Tensor, *, show_progress: bool) -> BlockSelection:
-        """Remove blocks until `count` are left."""
+    def remove(self, by_influence: Sequence[int], influence: Tensor, *, show_progress: bool) -> BlockSelection:
+        """Remove blocks until as many are left as `by_influence` has."""
+        count = len(by_influence)
         final = self._run_from(0, self.blocks.hidden_states, keeps=True)
         self.reference = list(self._outputs(final)) if self.comparison.needs_teacher else []
         removal, losses = self._resume()

@@ -9,6 +9,7 @@ computed by the teacher's own experts module, for the tokens and weights that it
 family's, whatever its activation function and however the module is implemented.
 """
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Mapping, Sequence
@@ -53,22 +54,30 @@ class BlockSelection:
         kept: The blocks that were chosen, in order.
         influence_loss: The sample's loss with the blocks of greatest influence instead.
         kept_loss: Of a local search, the sample's loss with the blocks that were chosen.
+        by_influence: Of a local search, the blocks of greatest influence.
+        next_best: Of a local search, the sets to choose if that one is not possible, best first, with their losses.
     """
 
     removed: list[tuple[int, float]] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     influence_loss: float = float("nan")
     kept_loss: float = float("nan")
+    by_influence: list[int] = field(default_factory=list)
+    next_best: list[tuple[list[int], float]] = field(default_factory=list)
 
-    def exchange(self, influence: Tensor) -> dict[str, Any]:
+    def exchange(self) -> dict[str, Any]:
         """Return what a local search dropped of the blocks of greatest influence, what it kept instead, and both losses."""
-        by_influence = top_influence_blocks(influence, len(self.kept))
         return {
-            "dropped": [block for block in by_influence if block not in self.kept],
-            "kept": [block for block in self.kept if block not in by_influence],
+            "dropped": [block for block in self.by_influence if block not in self.kept],
+            "kept": [block for block in self.kept if block not in self.by_influence],
             "loss": self.kept_loss,
             "influence_loss": self.influence_loss,
         }
+
+    def without_best(self) -> "BlockSelection":
+        """Return what a local search would have chosen if the set that it did choose were not possible."""
+        (kept, loss), *others = self.next_best
+        return dataclasses.replace(self, kept=kept, kept_loss=loss, next_best=others)
 
     def scores(self, influence: Tensor) -> Tensor:
         """Return scores of which the blocks that were kept have the largest, (blocks,) float64.

@@ -265,10 +265,10 @@ class InitializationMethod(abc.ABC):
         return None
 
     def reselect(self, layers: Mapping[str, Sequence[int]]) -> "dict[str, list[float]] | None":
-        """Return other scores of the blocks where a config cannot have those that `collect` chose; None leaves the blocks.
+        """Return other scores of the blocks than before, or None to leave them; called again until it returns None.
 
         Args:
-            layers: By stack, the blocks that the student's config has, where it depends on them.
+            layers: By stack, the blocks that a student has by the scores before: those that its config can have.
         """
         return None
 

@@ -34,7 +34,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.basis import fit_activation_bases
-from hf_guide.calibration.block_selection import check_comparable, select_blocks
+from hf_guide.calibration.block_selection import check_removable, select_blocks
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.cost import calibration_parts
@@ -70,6 +70,7 @@ class CalibratedMethod(InitializationMethod):
 
     requires_data: ClassVar[bool] = True
     config: CalibratedConfig
+    searched: dict[str, BlockSelection] | None = None
 
     def check_data(self, calibration_dataset: Any, calibration_cache_dir: Any) -> None:
         """Check that there is a dataset, and that the folder is new or of an earlier run."""
@@ -100,7 +101,7 @@ class CalibratedMethod(InitializationMethod):
         plan = setup.validate_plan()
         self.stacks = plan.block_mapping
         if self.config.layer_selection == LayerSelection.GREEDY:
-            check_comparable(setup, self.stacks)  # an error before the teacher runs
+            check_removable(setup, self.stacks)  # an error before the teacher runs
         folder = None if setup.calibration_cache_dir is None else Path(setup.calibration_cache_dir)
         call = describe_call(setup.teacher, setup.model_class, setup.config, setup.dtype, self.config)
         self.calibration = collect_calibration(
@@ -113,24 +114,62 @@ class CalibratedMethod(InitializationMethod):
             show_progress=setup.show_progress,
             **setup.hub,
         )
-        self.calibration.block_selections = select_sets(self.calibration, self.stacks, self.config, setup)
+        self.setup = setup
         return _to_lists(self.calibration.block_scores)
 
-    def reuse(self, calibration: CalibrationResult, setup: StudentSetup) -> None:
-        """Take what another student of the same teacher, with as many blocks, collected, instead of `collect`."""
-        self.stacks, self.calibration = setup.validate_plan().block_mapping, calibration
+    def reuse(
+        self, calibration: CalibrationResult, setup: StudentSetup, selections: dict[str, BlockSelection] | None = None
+    ) -> None:
+        """Take what another student of the same teacher collected, instead of `collect`; and its search, if there was one."""
+        self.stacks, self.calibration, self.setup = setup.validate_plan().block_mapping, calibration, setup
+        self.searched = selections
 
     def reselect(self, layers: Mapping[str, Sequence[int]]) -> dict[str, list[float]] | None:
-        """Return the influence of the blocks where the student's config cannot have the set that a search chose."""
-        searched = {stack: each.kept for stack, each in self.calibration.block_selections.items() if not each.removed}
-        if all(list(layers.get(stack, kept)) == kept for stack, kept in searched.items()):
+        """Choose the blocks as a set: at first that of a search, and while the config cannot have it the next best one.
+
+        Raises:
+            IncomparableOutputs: A greedy removal is not possible.
+        """
+        calibration = self.calibration
+        if self.config.layer_selection not in (LayerSelection.LOCAL_SEARCH, LayerSelection.GREEDY):
             return None
-        self.calibration.block_selections = {}
-        self.calibration.notes.append(
-            "The blocks of greatest influence were kept, because the config cannot have those that "
-            "layer_selection='local_search' chose."
-        )
-        return _to_lists(self.calibration.block_scores)
+        if not calibration.block_selections:
+            self.searched = self._search(layers) if self.searched is None else self.searched
+            calibration.block_selections = dict(self.searched)
+            is_changed = any(each.kept != each.by_influence for each in self.searched.values())
+            return _to_lists(calibration.block_scores) if is_changed else None
+        refused = {
+            stack: each
+            for stack, each in calibration.block_selections.items()
+            if each.next_best and list(layers.get(stack, each.kept)) != each.kept
+        }
+        for stack, each in refused.items():
+            calibration.block_selections[stack] = each.without_best()
+            note = f"The config cannot have all sets of blocks that were tried in {stack.removesuffix('.{block}')}."
+            calibration.notes += [note] if note not in calibration.notes else []
+        return _to_lists(calibration.block_scores) if refused else None
+
+    def _search(self, layers: Mapping[str, Sequence[int]]) -> dict[str, BlockSelection]:
+        """Return, by stack that loses blocks, the set that was chosen; not of stacks where no search is possible.
+
+        Args:
+            layers: By stack, the blocks of greatest influence of those that the student's config can have.
+        """
+        calibration, is_greedy = self.calibration, self.config.layer_selection == LayerSelection.GREEDY
+        found: dict[str, BlockSelection] = {}
+        for stack, influence in sorted(calibration.statistics.block_influence.items()):
+            count = len(self.stacks.get(stack, influence))
+            if count == len(influence):
+                continue
+            by_influence = sorted(layers.get(stack) or top_influence_blocks(influence, count))
+            try:
+                found[stack] = select_blocks(calibration, stack, by_influence, self.setup, greedy=is_greedy)
+            except IncomparableOutputs as error:
+                if is_greedy:
+                    raise
+                name = stack.removesuffix(".{block}")
+                calibration.notes.append(f"The blocks of greatest influence were kept in {name}. {error}")
+        return found
 
     @torch.no_grad()
     def initialize(self, student: PreTrainedModel, setup: StudentSetup) -> InitializationReport:
@@ -226,9 +265,9 @@ class CalibratedMethod(InitializationMethod):
             "block_influence": influence,
         }
         for stack, selection in calibration.block_selections.items():
-            is_greedy, scores = bool(selection.removed), statistics.block_influence[stack]
+            is_greedy = bool(selection.removed)
             found = facts.setdefault("removed_blocks" if is_greedy else "exchanged_blocks", {})
-            found[stack.removesuffix(".{block}")] = selection.removed if is_greedy else selection.exchange(scores)
+            found[stack.removesuffix(".{block}")] = selection.removed if is_greedy else selection.exchange()
         with calibration_mode(teacher), calibration_mode(student):
             tied_head = head if head is not None and head.is_tied and config.refit != Refit.NONE else None
             if tied_head is not None and not state.resume_step("tied_embedding"):
@@ -244,33 +283,6 @@ class CalibratedMethod(InitializationMethod):
         student.to(student_device)  # type: ignore[arg-type]
         transfer.notes += [*state.notes, *calibration.teacher.notes]
         return facts, state.student_modules
-
-
-def select_sets(
-    calibration: CalibrationResult, stacks: Mapping[str, Sequence[int]], config: CalibratedConfig, setup: StudentSetup
-) -> dict[str, BlockSelection]:
-    """Return, by stack, the blocks that are kept as a set; empty where they are selected one by one, or all are kept.
-
-    Args:
-        calibration: What was collected; its notes are extended where a local search is not possible.
-        stacks: By stack the blocks of the student, of which only the number matters.
-        config: The options.
-        setup: Of the student.
-
-    Raises:
-        IncomparableOutputs: A greedy removal is not possible.
-    """
-    is_greedy = config.layer_selection == LayerSelection.GREEDY
-    if not is_greedy and config.layer_selection != LayerSelection.LOCAL_SEARCH:
-        return {}
-    counts = {stack: len(blocks) for stack, blocks in stacks.items()}
-    try:
-        return select_blocks(calibration, counts, setup, greedy=is_greedy)
-    except IncomparableOutputs as error:
-        if is_greedy:
-            raise
-        calibration.notes.append(f"The blocks of greatest influence were kept. {error}")
-        return {}
 
 
 def _to_lists(influence: Mapping[str, Any]) -> dict[str, list[float]]:

@@ -32,7 +32,7 @@ from hf_guide.calibration.statistics import mlp_width
 from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.initialization.student_shape import StudentShape
-from hf_guide.methods.calibrated import CalibratedMethod, select_sets
+from hf_guide.methods.calibrated import CalibratedMethod
 from hf_guide.models.layer_mapping import width_of_config
 from hf_guide.models.targets import complete_inputs
 from hf_guide.shapes.candidates import ShapeCandidate
@@ -104,7 +104,7 @@ class CalibratedScorer:
         )
         self.folder = folder
         self.saved = _read_scores(folder)
-        self._selections: dict[tuple[int, ...], dict[str, BlockSelection]] = {}
+        self._selections: dict[str, dict[str, BlockSelection]] = {}
 
     def rank(self, candidates: Sequence[ShapeCandidate]) -> list[ShapeCandidate]:
         """Return the candidates with their losses, the best first: those with a whole start before the others."""
@@ -172,17 +172,14 @@ class CalibratedScorer:
             batches = calibration.teacher.batches
             count = max(MIN_QUICK_BATCHES, round(QUICK_SHARE * len(batches)))
             calibration = dataclasses.replace(calibration, teacher=calibration.teacher.on_first_batches(count))
-        setup, _ = self._setup(candidate, calibration)
+        setup, layers = self._setup(candidate, calibration)
         method = CalibratedMethod(config)
-        method.reuse(calibration, setup)
-        depths = tuple(map(len, method.stacks.values()))
-        if depths not in self._selections:
-            self._selections[depths] = select_sets(calibration, method.stacks, config, setup)
-        if self._selections[depths]:
-            calibration.block_selections = self._selections[depths]
-            searched, layers = self._setup(candidate, calibration)
-            if method.reselect(layers) is None:
-                setup = searched
+        key = json.dumps(layers, sort_keys=True)
+        method.reuse(calibration, setup, self._selections.get(key))
+        while method.reselect(layers) is not None:
+            setup, layers = self._setup(candidate, calibration)
+        if method.searched is not None:
+            self._selections[key] = method.searched
         student = method.build(setup)
         method.initialize(student, setup)
         return student.eval()
