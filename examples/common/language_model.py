@@ -21,7 +21,8 @@ from hf_guide.errors import OptionError
 LEARNING_RATES = {"random": 1e-3, "uniform": 3e-3, "guide": 3e-3, "calibrated": 1e-3}
 """Peak learning rate by method: the better of 1e-3 and 3e-3 for SmolLM2-135M on Wikipedia after 200 steps, one seed.
 
-That of `calibrated` was not searched: it is random's.
+That of `calibrated` is the best of 5e-4, 1e-3, 2e-3 and 3e-3 after 51,200 tokens, of a seed that no figure is of: it ended at
+losses of 5.027, 4.972, 5.040 and 5.107.
 """
 
 _CHUNK_ROWS = 16

@@ -357,16 +357,15 @@ def _best_on_validation(
     scale = _overflow_scale(sums.train.gram.diagonal()) if search_dtype == torch.float32 else 1.0
 
     def in_search_dtype(each: NormalEquations) -> tuple[Tensor, Tensor]:
-        converted = each if dtype == torch.float64 else each.to(dtype, scale)
-        missing = torch.cat([rows.missing(converted) for rows in scored])
-        missing /= scale if converted is each else 1.0
-        same = search_dtype == torch.float64 or converted is not each
-        gram = (
-            converted.gram
-            if same
-            else torch.div(each.gram, scale, out=torch.empty_like(each.gram, dtype=search_dtype))
-        )
-        return gram, missing.to(search_dtype)
+        """Return the Gram matrix and what the scored rows lack, divided by the scale."""
+        if dtype != torch.float64:
+            each = each.to(dtype, scale)
+            return each.gram, torch.cat([rows.missing(each) for rows in scored]).to(search_dtype)
+        missing = torch.cat([rows.missing(each) for rows in scored]) / scale
+        if search_dtype == torch.float64:
+            return each.gram, missing
+        gram = torch.empty_like(each.gram, dtype=search_dtype)
+        return torch.div(each.gram, scale, out=gram), missing.to(search_dtype)
 
     gram, missing = in_search_dtype(sums.train)
     held_out_gram, held_out = in_search_dtype(sums.validation)
