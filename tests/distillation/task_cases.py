@@ -33,7 +33,8 @@ class TaskCase:
         padding_counts: Whether the model's own loss depends on padding: its softmax has the padded positions, too.
         has_own_loss: Whether the model has a loss.
         refused_by_cache: What a capture's error matches, where the outputs cannot be cached.
-        reference_dtype: Of the plain formula; XLNet makes its position embeddings in float32.
+        reference_dtype: Of the plain formula; XLNet makes its position embeddings in float32, and EoMT
+            masks its attention where logits of masks are below zero, which rounding decides for some.
         label_shift: How many positions before its label the logits of a token are.
     """
 
@@ -525,6 +526,7 @@ CASES: Mapping[str, TaskCase] = {
         collate_instances,
         ("kd",),
         batch_coupled=True,
+        reference_dtype=torch.float32,
     ),
     "zero-shot-image-classification": TaskCase(
         Task.ZERO_SHOT_IMAGE_CLASSIFICATION,
