@@ -44,6 +44,7 @@ from hf_guide.calibration.sequential import (
 from hf_guide.calibration.streams import Streams
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
+from hf_guide.utils.memory import return_freed_memory
 
 SEARCH_TOKENS, GREEDY_TOKENS = 256, 512
 """Tokens of the sample, of all processes together, of a local search and of a greedy removal."""
@@ -201,8 +202,11 @@ class _Search:
             for index in users:
                 streams[index] = after[id(streams[index])]
         *finals, teacher = streams
-        reference = list(self._outputs(teacher))
-        return self._means([self.comparison.all_differences(self._outputs(final), reference) for final in finals])
+        reference, differences = list(self._outputs(teacher)), []
+        for final in finals:
+            differences.append(self.comparison.all_differences(self._outputs(final), reference))
+            return_freed_memory()  # logits over a large vocabulary
+        return self._means(differences)
 
     def remove(self, by_influence: Sequence[int], influence: Tensor, *, show_progress: bool) -> BlockSelection:
         """Remove blocks until as many are left as `by_influence` has."""

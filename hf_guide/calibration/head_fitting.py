@@ -21,6 +21,7 @@ from hf_guide.calibration.sequential import SequentialModel, first_rows
 from hf_guide.errors import ShapeError
 from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
+from hf_guide.utils.memory import return_freed_memory
 
 LOGIT_SCALE_TOKENS = 1024
 """Tokens on which the logit scale is fitted: it is one number, and each token costs a product with the vocabulary."""
@@ -194,6 +195,7 @@ class HeadFitter:
         scale = 1.0
         for _ in range(NEWTON_STEPS):
             slope, curvature = self._kl_derivatives(inputs, expected_logits, scale * multiplier)
+            return_freed_memory()
             curvature *= multiplier
             if curvature <= 0:
                 break
@@ -226,6 +228,7 @@ class HeadFitter:
                 probabilities = at_least_float32(teacher_part)[:, :columns].softmax(-1)
                 expected_logits.append((probabilities * student_logits[:, :columns].to(probabilities)).sum(-1))
                 inputs.append(part)
+            return_freed_memory()
             seen += len(student_inputs)
             if seen * world_size >= LOGIT_SCALE_TOKENS:
                 break

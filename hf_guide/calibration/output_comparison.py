@@ -26,7 +26,7 @@ from hf_guide.models.sentence_modules import SENTENCE, TOKENS, Pooling
 from hf_guide.models.targets import target_mask
 from hf_guide.tasks import OutputKind, Task, output_kind, task_of
 
-NUMBERS_AT_A_TIME = 2**22
+NUMBERS_AT_A_TIME = 2**20
 """Logits of which a divergence is computed at a time: it takes several copies of them."""
 
 

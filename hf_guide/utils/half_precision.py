@@ -19,7 +19,7 @@ _INSTRUCTIONS = {
 }
 """Of each dtype the capabilities of a processor, as PyTorch names them, any of which multiplies in it."""
 
-CHUNK_BYTES = 32 << 20
+CHUNK_BYTES = 8 << 20
 """Bytes of a weight that are in float32 at a time."""
 
 _PRODUCTS = {
