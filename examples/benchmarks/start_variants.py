@@ -1,8 +1,9 @@
 """Variants of `calibrated` that small_shapes.py compares: each changes one ingredient. None of them is in the package."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,12 +11,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_guide import AutoStudentForCausalLM, register_method
 from hf_guide.calibration.data import Batch
+from hf_guide.initialization.basis import ResidualBasis
+from hf_guide.initialization.transfer import Transfer, fit_bases, fit_tied_gain, root_mean_square
+from hf_guide.layouts.grammar import Projection, Selection, apply_selection
 from hf_guide.methods import CalibratedConfig, CalibratedMethod
 
 Gradients = Callable[[], "list[tuple[Tensor, Tensor]]"]
 Moment = Callable[[Gradients, Tensor], Tensor]
 """From a function that returns inputs and gradients, (tokens, d), of each reader of the residual stream, and the second
 moment of that stream, (d, d): another moment to take a basis of."""
+Weights = Callable[[Tensor], "dict[str, Tensor]"]
+"""From a basis, (d_T, d_S), every parameter of the student by name."""
 
 STARTS: dict[str, str] = {"calibrated": "calibrated"}
 """The method by the name of each start."""
@@ -38,9 +44,15 @@ def with_moment(name: str, change: Moment) -> None:
     _register(name, Variant)
 
 
-def _register(name: str, method: type[CalibratedMethod]) -> None:
-    identifier = name.replace(" ", "_")
-    fields = {"__annotations__": {"method": str}, "method": identifier}
+def _register(name: str, method: type[CalibratedMethod], **defaults: str) -> None:
+    """Register a method whose config is that of `calibrated`, with other defaults."""
+    identifier = name.replace(",", "").replace(" ", "_")
+    defaults = {"method": identifier, **defaults}
+    inherited = {each.name: each for each in dataclasses.fields(CalibratedConfig)}
+    fields: dict[str, Any] = {
+        key: dataclasses.field(default=value, metadata=inherited[key].metadata) for key, value in defaults.items()
+    }
+    fields["__annotations__"] = dict.fromkeys(defaults, str)
     register_method(identifier, dataclasses.dataclass(type("VariantConfig", (CalibratedConfig,), fields)), method)
     STARTS[name] = identifier
 
@@ -138,10 +150,10 @@ def group_rates(start: str, student: PreTrainedModel) -> "dict[str, float] | Non
     }
 
 
-class MergedNeurons(CalibratedMethod):
-    """Each neuron that is not selected is averaged into the selected one that reads most alike, by its output's size.
+class Merged(CalibratedMethod):
+    """What is not selected is merged into what is, before the refit.
 
-    All neurons are those of a student in the same basis that has as many as the teacher.
+    All neurons and heads are those of a student in the same basis that has as many as the teacher.
     """
 
     def collect(self, setup: Any) -> dict[str, list[float]]:
@@ -152,7 +164,8 @@ class MergedNeurons(CalibratedMethod):
     def _refit(self, student: Any, transfer: Any, *, show_progress: bool) -> Any:
         teacher = self.setup.teacher.config
         shape = {name: getattr(student.config, name) for name in ("hidden_size", "num_hidden_layers")}
-        shape |= {name: getattr(teacher, name) for name in ("intermediate_size", "num_attention_heads")}
+        whole = ("intermediate_size", "num_attention_heads", "num_key_value_heads")
+        shape |= {name: getattr(teacher, name) for name in whole}
         wide = AutoStudentForCausalLM.from_teacher(
             self.setup.teacher.name,
             method={"method": "calibrated", "refit": "none", "fit_logit_scale": False, "seed": self.config.seed}
@@ -170,6 +183,13 @@ class MergedNeurons(CalibratedMethod):
         return super()._refit(student, transfer, show_progress=show_progress)
 
     def _merge(self, student: Any, wide: Any, chosen: "dict[str, Tensor]") -> None:
+        raise NotImplementedError
+
+
+class MergedNeurons(Merged):
+    """Each neuron that is not selected is averaged into the selected one that reads most alike, by its output's size."""
+
+    def _merge(self, student: Any, wide: Any, chosen: "dict[str, Tensor]") -> None:
         kept = chosen["mlp"]
         gate, up, down = (getattr(wide.mlp, name).weight for name in ("gate_proj", "up_proj", "down_proj"))
         weights = down.norm(dim=0).square() * up.norm(dim=1).square() * gate.norm(dim=1).square()
@@ -181,4 +201,132 @@ class MergedNeurons(CalibratedMethod):
             getattr(student.mlp, name).weight.copy_(share.mT.to(rows.dtype) @ rows)
 
 
+class MergedHeads(Merged):
+    """The values of each head that is not selected are averaged into those of the selected one that writes most alike.
+
+    Dimensions within a head have no order, so those of the one are turned onto those of the other first (Procrustes, on
+    what computes them and on what the output projection makes of them). Each counts by the size of what it writes. Queries
+    and keys are those of the selected heads.
+    """
+
+    def _merge(self, student: Any, wide: Any, chosen: "dict[str, Tensor]") -> None:
+        kept, size = chosen["kv_heads"].tolist(), student.self_attn.head_dim
+        values = wide.self_attn.v_proj.weight.unflatten(0, (-1, size))  # (kv_heads, l, d)
+        outputs = wide.self_attn.o_proj.weight.unflatten(1, (len(values), -1, size))
+        outputs = outputs.permute(1, 0, 2, 3).flatten(1, 2)  # (kv_heads, d group, l)
+        sizes = (outputs @ values).square().sum((1, 2))
+        sides = torch.cat([_of_norm_one(values), _of_norm_one(outputs).mT], 2)  # (kv_heads, l, d + d group)
+        sums, totals = sizes[kept, None, None] * values[kept], sizes[kept].clone()
+        for head in set(range(len(values))) - set(kept):
+            left, likeness, right = torch.linalg.svd(sides[kept] @ sides[head].mT)
+            target = likeness.sum(1).argmax()
+            sums[target] += sizes[head] * (left[target] @ right[target] @ values[head])
+            totals[target] += sizes[head]
+        student.self_attn.v_proj.weight.copy_((sums / totals[:, None, None]).flatten(0, 1))
+
+
+def _of_norm_one(weights: Tensor) -> Tensor:
+    """Return matrices divided by their Frobenius norms."""
+    return weights / weights.norm(dim=(1, 2), keepdim=True)
+
+
+class OutputProjections(CalibratedMethod):
+    """`calibrated` that refits the output projections alone."""
+
+
 _register("neurons merged", MergedNeurons)
+_register("heads merged", MergedHeads)
+_register("output projections only", OutputProjections, refit="output_projections")
+_register("heads merged, output projections only", MergedHeads, refit="output_projections")
+
+
+class DistilledBasis(CalibratedMethod):
+    """The basis of activations is trained: the divergence of the student that it makes, of which nothing is refitted."""
+
+    steps: ClassVar[int]
+    rate: ClassVar[float] = 0.03
+
+    def _plan(self, student: Any, setup: Any) -> "tuple[Transfer, dict[str, ResidualBasis]]":
+        transfer, fitted = super()._plan(student, setup)
+        (axis,) = fitted
+        moments = self.calibration.statistics.residual_second_moments
+        matrix = self._train(student, as_function(transfer, axis, moments[axis]), fitted[axis].matrix, setup)
+        plan = dataclasses.replace(transfer.plan, bases={axis: matrix}, _maps={}, _projections={})
+        explained = ((matrix * (moments[axis] @ matrix)).sum() / moments[axis].trace()).item()
+        trained = dataclasses.replace(fitted[axis], matrix=matrix, explained=explained)
+        return dataclasses.replace(fit_bases(plan, moments)[0], notes=transfer.notes), {axis: trained}
+
+    def _train(self, student: Any, weights: Weights, matrix: Tensor, setup: Any) -> Tensor:
+        """Return the basis after Adam on whole batches of the calibration text, at a rate that falls linearly to zero."""
+        teacher = AutoModelForCausalLM.from_pretrained(setup.teacher.name, dtype=torch.float32)
+        batches = [batch["input_ids"] for batch in setup.calibration_dataset]
+        targets = [teacher(input_ids=ids).logits.log_softmax(-1) for ids in batches]
+        matrix = matrix.clone().requires_grad_()
+        optimizer = torch.optim.Adam([matrix], lr=self.rate)
+        model = copy.deepcopy(student)
+        self.divergences: list[float] = []
+        for step in range(self.steps):
+            optimizer.param_groups[0]["lr"] = self.rate * (1 - step / self.steps)
+            with torch.enable_grad():
+                target = targets[step % len(batches)]
+                output = torch.func.functional_call(
+                    model, weights(matrix), kwargs={"input_ids": batches[step % len(batches)]}
+                )
+                divergence = torch.nn.functional.kl_div(
+                    output.logits.log_softmax(-1).flatten(0, 1),
+                    target.flatten(0, 1),
+                    log_target=True,
+                    reduction="batchmean",
+                )
+                (matrix.grad,) = torch.autograd.grad(divergence, matrix)
+            optimizer.step()
+            self.divergences.append(divergence.item())
+            turned, upper = torch.linalg.qr(matrix)
+            matrix.copy_(turned * upper.diagonal().sign())
+        return matrix.detach()
+
+
+def as_function(transfer: Transfer, axis: str, moment: Tensor) -> Weights:
+    """Return what computes every parameter of a Llama from its basis, as `transfer` does but with gradients.
+
+    Args:
+        transfer: Blocks, heads and neurons are selected, norms are folded.
+        axis: Of the residual stream.
+        moment: That of the activations, (d_T, d_T), of which the basis keeps a part.
+    """
+    plan, parts = transfer.plan, []
+    for parameter in plan.parameters.values():
+        tensor, row = plan.read(parameter.source).double(), parameter.match.row
+        is_projected = [isinstance(chosen, Projection) for chosen in plan.maps(parameter)]
+        if row.kind == "norm":
+            rms = transfer.residual_gain_rms(parameter.module, tensor)
+            parts.append((parameter.name, tensor, rms if transfer.folding.is_folded(parameter.module) else None, -1))
+            continue
+        for dim, chosen in enumerate(plan.maps(parameter)):
+            if isinstance(chosen, Selection):
+                tensor = apply_selection(tensor, dim, chosen)
+        dim = is_projected.index(True)
+        if row.input_norms and dim == row.input_axis:
+            gain = transfer.teacher_norm(row.input_norms[0], parameter, "weight")
+            tensor = tensor * (gain / root_mean_square(gain))
+        parts.append((parameter.name, tensor.movedim(dim, -1), None, dim))
+    table = transfer.moments[axis]
+
+    def weights(matrix: Tensor) -> dict[str, Tensor]:
+        scale = ((matrix * (moment @ matrix)).sum() / moment.trace() * len(matrix) / matrix.shape[1]).sqrt()
+        result = {}
+        for name, tensor, rms, dim in parts:
+            if dim >= 0:
+                value = (tensor @ matrix).movedim(-1, dim)
+            elif rms is not None:
+                value = (rms * scale).expand(matrix.shape[1])
+            else:
+                value = scale * fit_tied_gain(table, matrix, tensor)
+            result[name] = value.float()
+        return result
+
+    return weights
+
+
+for count in (100, 300):
+    _register(f"basis distilled, {count} steps", type("Distilled", (DistilledBasis,), {"steps": count}))
