@@ -2,7 +2,7 @@
 
     python examples/benchmarks/small_shapes.py --output small_shapes.jsonl --seeds 1000
     python examples/benchmarks/small_shapes.py --output small_shapes.jsonl --shapes 0 1 --objectives labels KD
-    python examples/benchmarks/small_shapes.py --output small_shapes.jsonl --shapes 0 --starts calibrated "merged neurons"
+    python examples/benchmarks/small_shapes.py --output small_shapes.jsonl --shapes 0 --starts calibrated "neurons merged"
     python examples/benchmarks/small_shapes.py --output small_shapes.jsonl --table
 
 Students of the teacher of small_teacher.py with as many parameters as at half its width and half its depth, which is the first
