@@ -119,10 +119,8 @@ def select_blocks(
     try:
         with calibration_mode(sample.model):
             search = _Search(sample, stack, comparison, calibration.checkpoint)
-            select, influence = (
-                search.remove if greedy else search.search,
-                calibration.statistics.block_influence[stack],
-            )
+            select = search.remove if greedy else search.search
+            influence = calibration.statistics.block_influence[stack]
             return select(by_influence, influence, show_progress=setup.show_progress)
     except UnsupportedBlockStructure as error:
         raise IncomparableOutputs(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error

@@ -293,18 +293,19 @@ class BlockReconstructor:
         if not sums:
             return
         total, eps = sums[0].reduce(), self.state.eps
-        groups = [
-            [ref for ref in refs if (module_bias(ref.module) is not None) == has_bias] for has_bias in (False, True)
-        ]
-        for has_bias, group in enumerate(groups):
+        groups = {
+            has_bias: [ref for ref in refs if (module_bias(ref.module) is not None) == has_bias]
+            for has_bias in (False, True)
+        }
+        for has_bias, group in groups.items():
             if not group:
                 continue
             dtype = fit_dtype(eps)
             if refs[0].is_language_head:  # as many rows as a vocabulary has tokens, in a dtype as exact as the models
                 dtype = torch.promote_types(linear_weight(refs[0].module).dtype, torch.float32)
             columns = total if has_bias else total.columns(slice(0, -1))
-            targets = [self._input_target(ref, bool(has_bias)) for ref in group]
-            sums_of_group = columns.clone() if all(groups) else columns  # a fit merges them
+            targets = [self._input_target(ref, has_bias) for ref in group]
+            sums_of_group = columns.clone() if all(groups.values()) else columns  # a fit merges them
             fits = fit_weights(targets, sums_of_group, self.state.config.ridge, eps, dtype)
             for ref, fit in zip(group, fits, strict=True):
                 self._assign(ref, fit)
