@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 _INSTRUCTIONS = {
     torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"),
@@ -57,9 +57,12 @@ def fast_half_products(model: nn.Module) -> Iterator[None]:
         ...     linear(torch.zeros(2, 8, dtype=torch.bfloat16)).dtype
         torch.bfloat16
     """
-    dtypes = {parameter.dtype for parameter in model.parameters()} & _INSTRUCTIONS.keys()
-    slow = {dtype for dtype in dtypes if not multiplies_in(dtype)}
-    with _Float32Products(slow) if slow else contextlib.nullcontext():
+    # Only of weights on the CPU: a mode is asked about every operation, and costs as much as a small one on a GPU takes.
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.device.type == "cpu"}
+    slow = {dtype for dtype in dtypes & _INSTRUCTIONS.keys() if not multiplies_in(dtype)}
+    active = _get_current_dispatch_mode()
+    is_covered = isinstance(active, _Float32Products) and slow <= active.dtypes
+    with _Float32Products(slow) if slow and not is_covered else contextlib.nullcontext():
         yield
 
 
@@ -68,7 +71,7 @@ class _Float32Products(TorchDispatchMode):
 
     def __init__(self, dtypes: "set[torch.dtype]"):
         super().__init__()
-        self._dtypes = dtypes
+        self.dtypes = dtypes
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -76,7 +79,7 @@ class _Float32Products(TorchDispatchMode):
         options = dict(kwargs or {})
         dtype = args[0].dtype if function in _PRODUCTS else None
         # `types` has classes of tensors with products of their own, such as quantised and distributed ones.
-        if dtype not in self._dtypes or types or args[0].device.type != "cpu":
+        if dtype not in self.dtypes or types or args[0].device.type != "cpu":
             return function(*args, **options)
         options = {name: _to_float32(value) for name, value in options.items()}
         if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):

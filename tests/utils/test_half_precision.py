@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from hf_guide.utils import half_precision
 from hf_guide.utils.half_precision import fast_half_products, multiplies_in
@@ -114,6 +115,30 @@ def test_products_of_another_dtype_are_not_touched(monkeypatch):
 
 def test_the_processor_is_asked_once_and_knows_both_dtypes():
     assert all(multiplies_in(dtype) in (True, False) for dtype in HALF)
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({"avx2": True, "avx512_f": True}, (False, False)), ({"amx_bf16": True, "avx512_fp16": False}, (True, False))],
+)
+def test_the_instructions_of_a_processor_are_its_capabilities(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    assert tuple(multiplies_in.__wrapped__(dtype) for dtype in HALF) == expected
+
+
+def test_models_on_other_devices_and_models_within_each_other_add_no_mode(monkeypatch):
+    """A mode is asked about every operation, also on a GPU, where that costs more than small operations."""
+    monkeypatch.setattr(half_precision, "multiplies_in", lambda dtype: False)
+    with fast_half_products(nn.Linear(2, 2, dtype=torch.bfloat16, device="meta")):
+        assert _get_current_dispatch_mode() is None
+    with fast_half_products(nn.Linear(2, 2, dtype=torch.bfloat16)):
+        outer = _get_current_dispatch_mode()
+        with fast_half_products(nn.Linear(2, 2, dtype=torch.bfloat16)):
+            assert _get_current_dispatch_mode() is outer
+        with fast_half_products(nn.Linear(2, 2, dtype=torch.float16)):
+            assert _get_current_dispatch_mode() is not outer
+    assert _get_current_dispatch_mode() is None
 
 
 def test_gradients_pass(monkeypatch):
