@@ -86,7 +86,8 @@ class CalibratedConfig(InitializationConfig):
         default=None,
         metadata={
             "help": "Strength of the ridge toward the transferred weight, in units of its inputs' mean square. None "
-            "selects it for each weight on a quarter of the batches, or leaves the weight as it is."
+            "selects it for each weight on every fourth example (of fewer than four on a quarter of the tokens), or leaves "
+            "the weight as it is."
         },
     )
     fit_logit_scale: bool = field(

@@ -1,24 +1,28 @@
-"""Run a model on calibration batches: without a cache, in evaluation mode, and without the rows of padding."""
+"""Run a model on calibration batches: without a cache, in evaluation mode; rows of padding, and rows that are held out."""
 
 import contextlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.calibration.data import Batch
+from hf_guide.calibration.data import Batch, num_rows
 from hf_guide.calibration.modules import ModuleRef
 from hf_guide.models.hooks import StopForward
 from hf_guide.models.modes import eager_experts, eval_mode
 from hf_guide.tasks import Task, task_of_class_name
+from hf_guide.utils.distributed import all_reduce_scalar, rank_and_world_size
 from hf_guide.utils.half_precision import fast_half_products
 
 CROSS_ATTENTION_KEY_VALUE = re.compile(r"\.(?:EncDecAttention|encoder_attn)\.[kv]")
 """Modules of a decoder that read the encoder's tokens."""
+
+HELD_OUT_EVERY = 4
+"""The last of so many examples is held out to choose ridges."""
 
 
 @contextlib.contextmanager
@@ -100,3 +104,51 @@ def drop_padding(activations: Tensor, batch: Batch, *, of_decoder: bool = False)
     if mask is not None and mask.ndim == 2 and activations.shape[:-1] in (mask.shape, (mask.numel(),)):
         return rows[mask.to(activations.device).bool().flatten()]
     return rows
+
+
+def held_out_examples(batches: Sequence[Batch]) -> list[Tensor | None]:
+    """Return for each of this process's batches which of its examples choose the ridges of fits, (examples,) bool.
+
+    It is every fourth example of all batches, however they are batched. None where there are fewer than four in all
+    processes, or a row is not an example: `held_out_rows` then takes a part of each batch.
+
+    Example:
+        >>> batches = [{"input_ids": torch.zeros(3, 16)}, {"input_ids": torch.zeros(2, 16)}]
+        >>> held_out_examples(batches)
+        [tensor([False, False, False]), tensor([ True, False])]
+    """
+    rank, world_size = rank_and_world_size()
+    counts = [num_rows(batch) for batch in batches]
+    if all_reduce_scalar(float(sum(count or 0 for count in counts))) < HELD_OUT_EVERY:
+        return [None] * len(batches)
+    masks: list[Tensor | None] = []
+    start = 0
+    for count in counts:
+        numbers = rank + world_size * torch.arange(start, start + (count or 0))
+        masks.append(None if count is None else numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+        start += count or 0
+    return masks
+
+
+def held_out_rows(activations: Tensor, batch: Batch, examples: Tensor | None, *, of_decoder: bool = False) -> Tensor:
+    """Return which of the rows that `drop_padding` returns choose the ridges of fits, (tokens,) bool.
+
+    Args:
+        activations: As of `drop_padding`.
+        batch: The inputs, with the masks.
+        examples: Which examples of the batch do, (examples,) bool. None, or another number of examples than the activations
+            can be split into, takes the last quarter of the rows.
+        of_decoder: As of `drop_padding`.
+
+    Example:
+        >>> batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
+        >>> held_out_rows(torch.zeros(2, 3, 8), batch, torch.tensor([False, True]))
+        tensor([False, False,  True])
+    """
+    shape = activations.shape[:-1]
+    count = shape.numel()
+    if examples is not None and count % len(examples) == 0:
+        rows = examples.to(activations.device).repeat_interleave(count // len(examples))
+        return drop_padding(rows.reshape(*shape, 1), batch, of_decoder=of_decoder).flatten()
+    kept = len(drop_padding(activations, batch, of_decoder=of_decoder))
+    return torch.arange(kept, device=activations.device) >= kept - kept // HELD_OUT_EVERY

@@ -21,9 +21,6 @@ Where the models' own rounding is coarser its square is used: for bfloat16 some 
 MIN_FEATURE_PENALTY = 1e-3
 """A feature is penalised as if its mean square were at least this share of the mean over all features."""
 
-VALIDATION_EVERY = 4
-"""The last of so many batches is held out to choose the ridge."""
-
 SCORED_SUMS = 64
 """Sums of a weight's rows, with random signs, by which its ridge is chosen: their mean error is that of the rows."""
 
@@ -155,15 +152,9 @@ class NormalEquations:
         )
 
 
-def is_held_out(batch: int) -> bool:
-    """Return whether this process's batch of that index is held out to choose the ridge."""
-    rank, world_size = rank_and_world_size()
-    return (rank + batch * world_size) % VALIDATION_EVERY == VALIDATION_EVERY - 1
-
-
 @dataclass
 class TrainValNormalEquations:
-    """Normal equations of the batches that are fitted to, and of those held out to choose the ridge."""
+    """Normal equations of the rows that are fitted to, and of those held out to choose the ridge."""
 
     train: NormalEquations
     validation: NormalEquations
@@ -176,9 +167,11 @@ class TrainValNormalEquations:
         """Return empty sums."""
         return cls(NormalEquations.zeros(features, targets), NormalEquations.zeros(features, targets))
 
-    def add(self, x: Tensor, y: Tensor, batch: int) -> None:
-        """Add the rows of this process's batch of that index."""
-        self._buffers[is_held_out(batch)].add(x, y)
+    def add(self, x: Tensor, y: Tensor, held_out: Tensor) -> None:
+        """Add rows, of which those are held out for which `held_out`, (tokens,) bool, is true."""
+        for buffer, mask in zip(self._buffers, (~held_out, held_out), strict=True):
+            if mask.any():
+                buffer.add(x[mask], y[mask])
 
     def reduce(self) -> "TrainValNormalEquations":
         """Add the sums of the other processes."""
@@ -198,7 +191,7 @@ class TrainValNormalEquations:
         return TrainValNormalEquations(*copies)
 
     def merge(self) -> NormalEquations:
-        """Return the sums over all batches; those of the training batches become these, and the others are freed."""
+        """Return the sums over all rows; those that are fitted to become these, and the others are freed."""
         if len(self.validation.gram):
             self.train.gram += self.validation.gram
             self.train.cross += self.validation.cross
@@ -302,7 +295,7 @@ def fit_weights(
     eps: float = 0.0,
     dtype: torch.dtype = torch.float64,
 ) -> list[Fit | None]:
-    """Fit weights of one input, with the given ridge or the best on the held-out batches, to all batches.
+    """Fit weights of one input, with the given ridge or the best on the held-out rows, to all rows.
 
     Args:
         targets: The weights.
@@ -312,7 +305,7 @@ def fit_weights(
         dtype: The dtype of what is proportional to the number of rows.
 
     Returns:
-        None where every update does worse on the held-out batches than none, or reduces the error by no more than rounding.
+        None where every update does worse on the held-out rows than none, or reduces the error by no more than rounding.
     """
     return_freed_memory()  # of the run that collected the sums
     scored = [target.scored(dtype) for target in targets]
@@ -348,7 +341,7 @@ def _fitted_parts(target: FitTarget, factor: "RidgeFactor", total: NormalEquatio
 def _best_on_validation(
     scored: Sequence[ScoredRows], sums: TrainValNormalEquations, eps: float, dtype: torch.dtype
 ) -> list[_Candidate | None]:
-    """Return for each weight the ridge and the kind of penalty with the least error on the held-out batches.
+    """Return for each weight the ridge and the kind of penalty with the least error on the held-out rows.
 
     One factorization serves all weights. Candidates are computed in float32 for models that are no more exact: they are only
     compared. (An eigendecomposition, which would serve all ridges, takes as long as 17 factorizations.)
@@ -382,7 +375,7 @@ def _best_on_validation(
 
 
 def _search(count: int, by_penalty: Callable[[bool], Callable[[float], Sequence[float]]]) -> list[_Candidate | None]:
-    """Return for each of several weights the candidate that reduces the error on held-out batches most, if any does.
+    """Return for each of several weights the candidate that reduces the error on held-out rows most, if any does.
 
     Of either penalty ridges are tried from the middle one, for the second from the first's best, to both sides of the best so
     far: between the strongest, which changes nothing, and the weakest there is one best.
@@ -493,14 +486,14 @@ class TokenRegression:
     """
 
     def __init__(self) -> None:
-        self._rows: list[tuple[Tensor, Tensor, int]] = []
+        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self._sums: TrainValNormalEquations | None = None
         self._count = 0
 
-    def add(self, x: Tensor, y: Tensor, batch: int) -> None:
-        """Add rows, (tokens, features) and (tokens, outputs), of this process's batch of that index."""
+    def add(self, x: Tensor, y: Tensor, held_out: Tensor) -> None:
+        """Add rows, (tokens, features) and (tokens, outputs), of which those are held out for which `held_out` is true."""
         if self._sums is None:
-            self._rows.append((x.cpu(), y.cpu(), batch))
+            self._rows.append((x.cpu(), y.cpu(), held_out.cpu()))
             self._count += len(x)
             if self._count >= x.shape[1] or rank_and_world_size()[1] > 1:
                 self._sums = TrainValNormalEquations.zeros(x.shape[1], y.shape[1])
@@ -508,7 +501,7 @@ class TokenRegression:
                     self._sums.add(*rows)
                 self._rows.clear()
         else:
-            self._sums.add(x, y, batch)
+            self._sums.add(x, y, held_out)
 
     def fit(self, weight: Tensor, ridge: float | None, eps: float = 0.0) -> Fit | None:
         """Fit a weight, (outputs, features) float64; as `fit_weights`."""
@@ -517,9 +510,11 @@ class TokenRegression:
             return fit_weights([target], self._sums.reduce(), ridge, eps, fit_dtype(eps))[0]
         if not self._count:
             return None
-        self._rows.sort(key=lambda rows: is_held_out(rows[2]))
-        train = sum(len(x) for x, _, batch in self._rows if not is_held_out(batch))
-        x, y = torch.cat([x for x, _, _ in self._rows]), torch.cat([y for _, y, _ in self._rows])
+        train = sum(int((~held_out).sum()) for _, _, held_out in self._rows)
+        x, y = (
+            torch.cat([rows[index][rows[2] == held_out] for held_out in (False, True) for rows in self._rows])
+            for index in (0, 1)
+        )
         self._rows.clear()
         dtype = fit_dtype(eps)
         return _fit_dual(weight, x.to(dtype), y.to(dtype), train, ridge, eps)

@@ -280,14 +280,14 @@ class BlockReconstructor:
         teacher_inputs: Tensor,
         batch: int,
     ) -> None:
-        of_decoder = reads_decoder_tokens(ref, self.state.student.config)
+        state, of_decoder = self.state, reads_decoder_tokens(ref, self.state.student.config)
         x, y = (
-            append_bias_column(drop_padding(each, self.state.batches[batch], of_decoder=of_decoder), True)
+            append_bias_column(drop_padding(each, state.batches[batch], of_decoder=of_decoder), True)
             for each in (student_inputs, teacher_inputs)
         )
         if not sums:
             sums.append(TrainValNormalEquations.zeros(x.shape[1], y.shape[1]))
-        sums[0].add(x, y, batch)
+        sums[0].add(x, y, state.held_out_rows(student_inputs, batch, of_decoder=of_decoder))
 
     def _solve_inputs(self, refs: Sequence[ModuleRef], sums: Sequence[TrainValNormalEquations]) -> None:
         if not sums:
@@ -362,7 +362,8 @@ class BlockReconstructor:
             )
             token_weights = 1 / target.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
             missing = (target - student_stream) / step.residual_scale
-            regression.add(append_bias_column(x, has_bias) * token_weights, missing * token_weights, batch)
+            held_out = state.held_out_rows(inputs, batch, of_decoder=of_decoder)
+            regression.add(append_bias_column(x, has_bias) * token_weights, missing * token_weights, held_out)
         self._assign(ref, regression.fit(weight_and_bias(ref.module), state.config.ridge, state.eps))
 
     def _run_output_projection(self, student: SequentialBlocks, step: FitStep, batch: int) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.config import CalibratedConfig
+from hf_guide.calibration.forward import held_out_examples, held_out_rows
 from hf_guide.calibration.least_squares import Fit, at_least_float32, max_eps
 from hf_guide.calibration.modules import ModuleRef, find_modules, linear_weight, module_bias
 from hf_guide.calibration.resume import CalibrationCheckpoint
@@ -51,6 +52,7 @@ class RefitState:
             self.teacher_run.batches,
             self.teacher_run.store,
         )
+        self._held_out = held_out_examples(self.batches)
         self.eps = max_eps(self.teacher.dtype, self.student.dtype)
         self.teacher_modules, self.student_modules = (
             find_modules(model, self.plan.layout) for model in (self.teacher, self.student)
@@ -132,6 +134,10 @@ class RefitState:
         matrix = self.plan.bases.get(axis)
         hidden_states = at_least_float32(hidden_states)
         return hidden_states if matrix is None else hidden_states @ matrix.to(hidden_states)
+
+    def held_out_rows(self, activations: Tensor, batch: int, *, of_decoder: bool) -> Tensor:
+        """Return which rows of activations on this process's batch of that index choose ridges; padding is left out."""
+        return held_out_rows(activations, self.batches[batch], self._held_out[batch], of_decoder=of_decoder)
 
     def stack_axis(self, stack: str) -> str:
         """Return the projected axis of a stack's hidden states."""

@@ -110,9 +110,10 @@ def test_few_tokens_are_fitted_as_many_are(tokens: int, ridge: float | None, mon
     x = normal(tokens, 40) * normal(1, 40, seed=3).exp()
     y = x @ missing.T + 0.1 * normal(tokens, 9, seed=4)
     regression, sums = TokenRegression(), TrainValNormalEquations.zeros(40, 9)
-    for batch, rows in enumerate(zip(x.split(4), y.split(4), strict=True)):
-        regression.add(*rows, batch)
-        sums.add(*rows, batch)
+    held_out = torch.arange(tokens) % 4 == 3
+    for rows in zip(x.split(5), y.split(5), held_out.split(5), strict=True):
+        regression.add(*rows)
+        sums.add(*rows)
     assert (regression._sums is None) == (tokens < 40)
     sums.reduce()
     found, expected = regression.fit(weight, ridge), fit(weight, sums.train, sums.validation, ridge)
@@ -127,7 +128,7 @@ def test_noise_of_few_tokens_is_not_fitted() -> None:
     weight, x = normal(3, 60, seed=1), normal(40, 60)
     regression = TokenRegression()
     for batch, rows in enumerate(x.split(4)):
-        regression.add(rows, 1e-12 * normal(4, 3, seed=batch), batch)
+        regression.add(rows, 1e-12 * normal(4, 3, seed=batch), torch.arange(4) == 3)
     assert regression.fit(weight, None) is None
 
 
@@ -143,7 +144,7 @@ def test_rows_that_do_not_choose_the_ridge_are_fitted_too(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("noise", [0.01, 0.3, 3.0, 30.0])
 @pytest.mark.parametrize("reads_teacher", [False, True])
 def test_the_ridge_that_sums_of_rows_choose_has_the_least_error_of_all_rows(noise: float, reads_teacher: bool) -> None:
-    """Rows of unlike size, more of them than sums; on held-out batches they lose at most 3 percent of the best reduction."""
+    """Rows of unlike size, more of them than sums; on held-out rows they lose at most 3 percent of the best reduction."""
     sizes = normal(500, 1, seed=5).exp()
     weight, missing = normal(500, 30, seed=1), sizes * normal(500, 30, seed=2)
     features = normal(120, 30) * normal(1, 30, seed=3).exp()
