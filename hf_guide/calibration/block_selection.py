@@ -29,7 +29,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hf_guide.calibration.collection import CalibrationResult
-from hf_guide.calibration.data import Batch, count_tokens
+from hf_guide.calibration.data import Batch, count_tokens, first_rows
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.importance import BlockSelection, top_influence_blocks
 from hf_guide.calibration.output_comparison import IncomparableOutputs, OutputComparison
@@ -38,7 +38,6 @@ from hf_guide.calibration.sequential import (
     SequentialBlocks,
     SequentialModel,
     UnsupportedBlockStructure,
-    first_rows,
     replaced_blocks,
 )
 from hf_guide.calibration.streams import Streams

@@ -48,6 +48,16 @@ def num_rows(batch: Batch) -> int | None:
     return lengths.pop() if len(lengths) == 1 else None
 
 
+def first_rows(batch: Batch, rows: int | None) -> Batch:
+    """Return the first rows of a batch; the whole batch if `rows` is None, or if a row is not an example.
+
+    Example:
+        >>> first_rows({"input_ids": torch.zeros(8, 16)}, 3)["input_ids"].shape
+        torch.Size([3, 16])
+    """
+    return batch if rows is None or num_rows(batch) is None else {name: value[:rows] for name, value in batch.items()}
+
+
 def is_self_generated(dataset: Any) -> bool:
     """Return whether the teacher is to generate the calibration dataset itself."""
     return isinstance(dataset, str) and dataset == SELF_GENERATED
@@ -82,7 +92,7 @@ def load_calibration_batches(
 ) -> list[Batch]:
     """Return the first `num_tokens` tokens of a dataset as batches for the teacher's forward pass, on the CPU.
 
-    The last batch is not cut; rows without a token are skipped.
+    The last example is not cut; rows without a token are skipped.
 
     Args:
         dataset: Rows or batches; see the module's docstring.
@@ -119,8 +129,8 @@ def load_calibration_batches(
             continue
         batch = _with_decoder_inputs(batch, columns.get("labels"), model)
         _check_ids(batch, model, positions)
-        batches.append(batch)
-        total += count_tokens(batch, model)
+        batches.append(_first_tokens(batch, num_tokens - total, model))
+        total += count_tokens(batches[-1], model)
         if total >= num_tokens:
             break
     if not batches:
@@ -155,6 +165,16 @@ def count_tokens(batch: Batch, model: PreTrainedModel) -> int:
         patch = _patch_side(model.config)
         return first.shape[0] * (first.shape[-2] // patch) * (first.shape[-1] // patch)
     return first.shape[0] * (first.shape[1] if first.ndim > 1 else 1)
+
+
+def _first_tokens(batch: Batch, tokens: int, model: PreTrainedModel) -> Batch:
+    """Return as many of a batch's first examples as have that many tokens; the whole batch if a row is not an example."""
+    rows, mask = num_rows(batch), batch.get("attention_mask")
+    if rows is None:
+        return batch
+    is_mask = mask is not None and mask.ndim == 2
+    lengths = mask.sum(1) if is_mask else torch.full((rows,), count_tokens(batch, model) / rows)
+    return first_rows(batch, int((lengths.cumsum(0) < tokens).sum()) + 1)
 
 
 def _patch_side(config: PreTrainedConfig) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_guide.calibration.data import Batch, num_rows
+from hf_guide.calibration.data import Batch, first_rows, num_rows
 from hf_guide.calibration.forward import drop_padding
 from hf_guide.calibration.least_squares import (
     NormalEquations,
@@ -17,7 +17,7 @@ from hf_guide.calibration.least_squares import (
 )
 from hf_guide.calibration.modules import ModuleRef, linear_weight, module_bias, norm_weight
 from hf_guide.calibration.refit import RefitState, assign_checked
-from hf_guide.calibration.sequential import SequentialModel, first_rows
+from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.errors import ShapeError
 from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size

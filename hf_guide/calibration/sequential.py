@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.block_weights import BlockWeights
-from hf_guide.calibration.data import Batch, num_rows
+from hf_guide.calibration.data import Batch, first_rows, num_rows
 from hf_guide.calibration.forward import forward_no_cache
 from hf_guide.calibration.modules import ModuleMap
 from hf_guide.calibration.recorded_inputs import BLOCK_INPUT, InputRecorder
@@ -549,16 +549,6 @@ class SequentialModel:
         is_new = note not in self.notes
         self.notes += [note] if is_new else []
         return is_new
-
-
-def first_rows(batch: Batch, rows: int | None) -> Batch:
-    """Return the first rows of a batch; the whole batch if `rows` is None, or if a row is not an example.
-
-    Example:
-        >>> first_rows({"input_ids": torch.zeros(8, 16)}, 3)["input_ids"].shape
-        torch.Size([3, 16])
-    """
-    return batch if rows is None else {name: value[: _count_rows(batch, rows)] for name, value in batch.items()}
 
 
 def _count_rows(batch: Batch, rows: int) -> int | None:

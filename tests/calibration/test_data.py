@@ -27,9 +27,9 @@ RAGGED = [row[:length].tolist() for row, length in zip(IDS, (9, 4, 7, 9, 1, 2, 9
 PIXELS = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(3))
 
 
-def load(teacher: PreTrainedModel, dataset: Any, **options: Any) -> list[dict[str, Tensor]]:
+def load(teacher: PreTrainedModel, dataset: Any, num_tokens: int = 10**6, **options: Any) -> list[dict[str, Tensor]]:
     config = InitializationConfig("calibrated", calibration_batch_size=4, **options)
-    return load_calibration_batches(dataset, teacher, open_teacher(teacher), config, num_tokens=10**6)
+    return load_calibration_batches(dataset, teacher, open_teacher(teacher), config, num_tokens=num_tokens)
 
 
 def are_equal(found: list[dict[str, Tensor]], expected: list[dict[str, Tensor]]) -> bool:
@@ -76,6 +76,27 @@ def test_batches_of_arrays_are_batches() -> None:
 def test_images_in_any_shape(dataset: Any) -> None:
     expected = [{"pixel_values": half} for half in PIXELS.split(4)]
     assert are_equal(load(KINDS["vit"].teacher(), dataset), expected)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "sizes"), [(1, [1]), (9, [1]), (10, [2]), (54, [6]), (55, [6, 1]), (999, [6, 6])]
+)
+def test_no_more_examples_than_the_tokens_take(num_tokens: int, sizes: list[int]) -> None:
+    tokens = torch.arange(3, 57).reshape(6, 9)
+    found = load(KINDS["llama"].teacher(), [{"input_ids": tokens}] * 2, num_tokens)
+    assert [len(batch["input_ids"]) for batch in found] == sizes
+
+
+def test_padding_and_what_is_no_example_are_not_counted_as_tokens() -> None:
+    mask = torch.ones(4, 9, dtype=torch.long)
+    mask[:2, 3:] = 0
+    batch = {"input_ids": torch.randint(3, 96, (4, 9)), "attention_mask": mask}
+    (found,) = load(KINDS["bert"].teacher(), [batch], num_tokens=7)
+    assert len(found["input_ids"]) == len(found["attention_mask"]) == 3
+    images = {"pixel_values": torch.randn(5, 3, 16, 16)}
+    patches = (16 // KINDS["vit"].teacher().config.patch_size) ** 2
+    (found,) = load(KINDS["vit"].teacher(), [images], num_tokens=2 * patches)
+    assert len(found["pixel_values"]) == 2
 
 
 def test_empty_rows_are_skipped() -> None:
