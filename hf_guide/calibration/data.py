@@ -172,8 +172,10 @@ def _first_tokens(batch: Batch, tokens: int, model: PreTrainedModel) -> Batch:
     rows, mask = num_rows(batch), batch.get("attention_mask")
     if rows is None:
         return batch
-    is_mask = mask is not None and mask.ndim == 2
-    lengths = mask.sum(1) if is_mask else torch.full((rows,), count_tokens(batch, model) / rows)
+    if mask is not None and mask.ndim == 2:
+        lengths = mask.sum(1)
+    else:
+        lengths = torch.full((rows,), count_tokens(batch, model) / rows)
     return first_rows(batch, int((lengths.cumsum(0) < tokens).sum()) + 1)
 
 
