@@ -65,11 +65,7 @@ def by(method: dict[str, Any], self_generated: bool = False) -> Callable[[ArmInp
     def make(inputs: ArmInputs) -> PreTrainedModel:
         more: dict[str, Any] = {}
         if method["method"] == "calibrated":
-            tokens = method.get("calibration_tokens", 8192)
-            rows = max(
-                1, tokens // inputs.text.shape[1] // 4
-            )  # two batches to fit on, and two to choose the ridge with
-            batches = [{"input_ids": batch} for batch in inputs.text.split(rows)]
+            batches = [{"input_ids": batch} for batch in inputs.text.split(8)]
             more["calibration_dataset"] = "self_generated" if self_generated else batches
         return AutoStudentForCausalLM.from_teacher(
             inputs.teacher if inputs.teacher.device.type == "cuda" else inputs.folder,

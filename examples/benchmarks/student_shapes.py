@@ -225,14 +225,14 @@ SCORES = {
 
 
 def table(rows: "list[dict[str, Any]]") -> str:
-    """Return a line for each budget, seed and shape, and the correlation of each score with the losses of training."""
+    """Return a line for each run and shape, and the correlation of each score with the losses of training."""
     lines = []
-    groups = sorted({(row.get("budget", "23M"), row["seed"], row["tokens"]) for row in rows})
-    for budget, seed, tokens in groups:
-        group = [
-            row for row in rows if (row.get("budget", "23M"), row["seed"], row["tokens"]) == (budget, seed, tokens)
-        ]
-        lines.append(f"\n{budget}, seed {seed}, {tokens:,} tokens, teacher {group[0]['teacher']:.3f}")
+    runs = [(row.get("budget", "23M"), row["seed"], row["tokens"], row["calibration_tokens"]) for row in rows]
+    for run in sorted(set(runs)):
+        group = [row for row, other in zip(rows, runs, strict=True) if other == run]
+        budget, seed, tokens, calibration = run
+        title = f"{budget}, seed {seed}, {calibration:,} calibration tokens, {tokens:,} of training"
+        lines.append(f"\n{title}, teacher {group[0]['teacher']:.3f}")
         stops = [name for name in group[0].get("after_steps", {}) if all(name in row["after_steps"] for row in group)]
         lines.append(
             f"{'shape':28} {'params':>11} {'rule':>6} {'quick':>7} {'untrained':>9}"
@@ -293,7 +293,9 @@ def main() -> int:
     tokens = args.steps * args.batch_size * LENGTH  # a block has LENGTH + 1: the last one is a target alone
     for seed in [] if args.table else args.seeds:
         args.seed = seed
-        done = {tuple(row["shape"]) for row in rows if (row["seed"], row["tokens"]) == (args.seed, tokens)}
+        run = (seed, tokens, args.calibration_tokens)
+        same = [row for row in rows if (row["seed"], row["tokens"], row["calibration_tokens"]) == run]
+        done = {tuple(row["shape"]) for row in same}
         asked = SHAPES[args.budget] if args.shapes is None else [SHAPES[args.budget][each] for each in args.shapes]
         todo = [shape for shape in asked if shape not in done]
         if todo:
