@@ -22,7 +22,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_guide.calibration.block_weights import BlockWeights
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration, running_teacher
 from hf_guide.calibration.config import CalibratedConfig
-from hf_guide.calibration.data import Batch, default_num_tokens, is_self_generated, load_calibration_batches
+from hf_guide.calibration.data import (
+    Batch,
+    default_num_tokens,
+    first_rows,
+    is_self_generated,
+    load_calibration_batches,
+)
 from hf_guide.calibration.forward import calibration_mode, running_device
 from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.modules import find_modules
@@ -41,15 +47,13 @@ from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, rank_
 from hf_guide.utils.fingerprint import comparable_config
 
 HELD_OUT_SHARE = 0.25
-"""Of the calibration batches, which only score."""
+"""Of the calibration examples, which only score."""
 
 WHOLE_STARTS = 3
 """How many shapes get a whole start."""
 
 QUICK_SHARE = 0.125
-"""Of the batches that starts are calibrated on, those of a quick start; at least `MIN_QUICK_BATCHES`."""
-
-MIN_QUICK_BATCHES = 4
+"""Of the batches that starts are calibrated on, those of a quick start; at least one."""
 
 MAX_REFERENCE_NUMBERS = 1 << 26
 """Numbers of the teacher's outputs that are kept to compare with: 256 MiB."""
@@ -58,6 +62,26 @@ SEARCH_LEARNING_RATE, SEARCH_RATE_WIDTH = 1e-3, 576
 """Of `search_steps`: AdamW's peak rate for teachers up to this width, and less in proportion for wider ones."""
 
 SCORES_NAME = "scores.json"
+
+
+def split_examples(batches: Sequence[Batch], share: float) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches without the last of their examples, a share of all and at least one, and these one by one.
+
+    Example:
+        >>> fitted, rows = split_examples([{"input_ids": torch.zeros(6, 9)}, {"input_ids": torch.zeros(2, 9)}], 0.5)
+        >>> len(fitted), len(fitted[0]["input_ids"]), len(rows)
+        (1, 4, 4)
+    """
+    examples = [list(iter_rows(batch)) for batch in batches]
+    missing = max(1, round(share * sum(map(len, examples))))
+    fitted, held_out = list(batches), list[Batch]()
+    while missing > len(held_out):
+        last, rows = fitted.pop(), examples.pop()
+        kept = max(0, len(rows) - (missing - len(held_out)))
+        held_out[:0] = rows[kept:]
+        if kept:
+            fitted.append(first_rows(last, kept))
+    return fitted, held_out
 
 
 class CalibratedScorer:
@@ -141,15 +165,15 @@ class CalibratedScorer:
             )
             dataset = [{"input_ids": rows} for rows in text.split(config.calibration_batch_size)]
         batches = load_calibration_batches(dataset, teacher, setup.teacher, config, num_tokens=num_tokens, **setup.hub)
-        held_out = max(1, round(HELD_OUT_SHARE * len(batches)))
-        if len(batches) - held_out < rank_and_world_size()[1]:
+        fitted, rows = split_examples(batches, HELD_OUT_SHARE)
+        if len(fitted) < rank_and_world_size()[1]:
             raise OptionError(
-                f"calibration_dataset makes {len(batches)} batches, and the last of them is held out to score shapes: pass "
-                "more data, or lower calibration_batch_size."
+                f"calibration_dataset makes {len(batches)} batches, and the last of their examples are held out to score "
+                f"shapes; for {rank_and_world_size()[1]} processes that leaves {len(fitted)} to calibrate on. Pass more data, "
+                "or lower calibration_batch_size."
             )
-        rows = [row for batch in batches[-held_out:] for row in iter_rows(batch)]
         self.comparison.check_examples(len(rows))
-        return batches[:-held_out], [complete_inputs(teacher, self.comparison.task, row) for row in rows]
+        return fitted, [complete_inputs(teacher, self.comparison.task, row) for row in rows]
 
     def _losses(self, candidate: ShapeCandidate, *, quick: bool) -> list[float]:
         """Return the loss of a start, and that after `search_steps` of distillation where it is a whole one."""
@@ -170,7 +194,7 @@ class CalibratedScorer:
         config, calibration = self.config, dataclasses.replace(self.calibration, checkpoint=None, notes=[])
         if quick:
             batches = calibration.teacher.batches
-            count = max(MIN_QUICK_BATCHES, round(QUICK_SHARE * len(batches)))
+            count = max(1, round(QUICK_SHARE * len(batches)))
             calibration = dataclasses.replace(calibration, teacher=calibration.teacher.on_first_batches(count))
         setup, layers = self._setup(candidate, calibration)
         method = CalibratedMethod(config)

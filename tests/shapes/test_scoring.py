@@ -6,7 +6,7 @@ import torch
 from hf_guide import find_shapes, from_teacher
 from hf_guide.calibration.output_comparison import causal_loss, divergence
 from hf_guide.errors import OptionError
-from hf_guide.shapes.scoring import CalibratedScorer
+from hf_guide.shapes.scoring import CalibratedScorer, split_examples
 from tests.tiny import KINDS, inputs, same_bits
 
 METHOD = {"method": "calibrated", "calibration_tokens": 256}
@@ -126,11 +126,21 @@ def test_steps_without_starts_and_too_little_data_are_errors():
         find_shapes(teacher, num_parameters="40%", search_steps=5, show_progress=False)
     with pytest.raises(OptionError, match="search_steps must be"):
         search(KINDS["llama"], search_steps=0)
-    with pytest.raises(OptionError, match="the last of them is held out"):
+    with pytest.raises(OptionError, match="the last of their examples are held out"):
         find_shapes(
             KINDS["llama"].teacher(),
             num_parameters="40%",
-            calibration_dataset=data(KINDS["llama"])[:1],
+            calibration_dataset=[{"input_ids": torch.randint(3, 96, (1, 64))}],
             method=METHOD,
             show_progress=False,
         )
+
+
+@pytest.mark.parametrize("sizes", [(16,), (1,) * 16, (8, 8), (9, 7), (3, 9, 4)])
+def test_what_only_scores_does_not_depend_on_how_examples_are_batched(sizes):
+    ids = torch.arange(3, 147).reshape(16, 9)
+    fitted, rows = split_examples([{"input_ids": part} for part in ids.split(sizes)], 0.25)
+    assert torch.equal(torch.cat([batch["input_ids"] for batch in fitted]), ids[:12])
+    assert torch.equal(torch.cat([row["input_ids"] for row in rows]), ids[12:])
+    images = [{"input_ids": ids, "pixel_values": torch.zeros(40, 12)}] * 2  # a row is not an example
+    assert [len(each) for each in split_examples(images, 0.25)] == [1, 1]
