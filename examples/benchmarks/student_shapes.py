@@ -126,6 +126,7 @@ def run_shape(
                 "method": "calibrated",
                 "calibration_tokens": args.calibration_tokens,
                 "seed": args.seed,
+                "layer_selection": args.layer_selection,
                 **options,
             },
             calibration_dataset=[{"input_ids": rows} for rows in train_blocks.split(8)],
@@ -164,6 +165,7 @@ def run_shape(
         "tokens": train_blocks[:, 1:].numel(),
         "learning_rate": args.learning_rate,
         "calibration_tokens": args.calibration_tokens,
+        "layer_selection": args.layer_selection,
         "held_out_tokens": held_out[:, 1:].numel(),
         "quick": quick,
         "untrained": untrained,
@@ -224,14 +226,19 @@ SCORES = {
 """Of each score its value for a row, lower for what it takes to be better; None where the row has none."""
 
 
+def _run_of(row: "dict[str, Any]") -> tuple[int, int, str]:
+    """Return the tokens of training and of the calibration, and how blocks were selected; that is not known of early rows."""
+    return row["tokens"], row["calibration_tokens"], row.get("layer_selection", "")
+
+
 def table(rows: "list[dict[str, Any]]") -> str:
     """Return a line for each run and shape, and the correlation of each score with the losses of training."""
     lines = []
-    runs = [(row.get("budget", "23M"), row["seed"], row["tokens"], row["calibration_tokens"]) for row in rows]
+    runs = [(row.get("budget", "23M"), row["seed"], *_run_of(row)) for row in rows]
     for run in sorted(set(runs)):
         group = [row for row, other in zip(rows, runs, strict=True) if other == run]
-        budget, seed, tokens, calibration = run
-        title = f"{budget}, seed {seed}, {calibration:,} calibration tokens, {tokens:,} of training"
+        budget, seed, tokens, calibration, selection = run
+        title = f"{budget}, seed {seed}, {calibration:,} calibration tokens, {selection}, {tokens:,} of training"
         lines.append(f"\n{title}, teacher {group[0]['teacher']:.3f}")
         stops = [name for name in group[0].get("after_steps", {}) if all(name in row["after_steps"] for row in group)]
         lines.append(
@@ -285,6 +292,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=2, help="blocks of 256 tokens in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--calibration-tokens", type=int, default=4096)
+    parser.add_argument("--layer-selection", choices=("local_search", "block_influence"), default="local_search")
     parser.add_argument("--held-out-blocks", type=int, default=32)
     parser.add_argument("--kd-weight", type=float, default=0.5)
     args = parser.parse_args()
@@ -293,9 +301,8 @@ def main() -> int:
     tokens = args.steps * args.batch_size * LENGTH  # a block has LENGTH + 1: the last one is a target alone
     for seed in [] if args.table else args.seeds:
         args.seed = seed
-        run = (seed, tokens, args.calibration_tokens)
-        same = [row for row in rows if (row["seed"], row["tokens"], row["calibration_tokens"]) == run]
-        done = {tuple(row["shape"]) for row in same}
+        run = (tokens, args.calibration_tokens, args.layer_selection)
+        done = {tuple(row["shape"]) for row in rows if row["seed"] == seed and _run_of(row) == run}
         asked = SHAPES[args.budget] if args.shapes is None else [SHAPES[args.budget][each] for each in args.shapes]
         todo = [shape for shape in asked if shape not in done]
         if todo:
