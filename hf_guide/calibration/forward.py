@@ -15,7 +15,7 @@ from hf_guide.calibration.modules import ModuleRef
 from hf_guide.models.hooks import StopForward
 from hf_guide.models.modes import eager_experts, eval_mode
 from hf_guide.tasks import Task, task_of_class_name
-from hf_guide.utils.distributed import all_reduce_scalar, rank_and_world_size
+from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, rank_and_world_size
 from hf_guide.utils.half_precision import fast_half_products
 
 CROSS_ATTENTION_KEY_VALUE = re.compile(r"\.(?:EncDecAttention|encoder_attn)\.[kv]")
@@ -109,8 +109,8 @@ def drop_padding(activations: Tensor, batch: Batch, *, of_decoder: bool = False)
 def held_out_examples(batches: Sequence[Batch]) -> list[Tensor | None]:
     """Return for each of this process's batches which of its examples choose the ridges of fits, (examples,) bool.
 
-    It is every fourth example of all batches, however they are batched. None where there are fewer than four in all
-    processes, or a row is not an example: `held_out_rows` then takes a part of each batch.
+    It is every fourth example of all processes, however they are batched. None where there are fewer than four, or a row is
+    not an example: `held_out_rows` then takes a part of each batch.
 
     Example:
         >>> batches = [{"input_ids": torch.zeros(3, 16)}, {"input_ids": torch.zeros(2, 16)}]
@@ -119,14 +119,15 @@ def held_out_examples(batches: Sequence[Batch]) -> list[Tensor | None]:
     """
     rank, world_size = rank_and_world_size()
     counts = [num_rows(batch) for batch in batches]
-    if all_reduce_scalar(float(sum(count or 0 for count in counts))) < HELD_OUT_EVERY:
+    of_all = torch.zeros(round(all_reduce_scalar(len(batches))), dtype=torch.float64)
+    of_all[rank::world_size] = torch.tensor([count or 0 for count in counts], dtype=torch.float64)
+    all_reduce_sum_([of_all])  # so that examples have the same number with any number of processes
+    if of_all.sum() < HELD_OUT_EVERY:
         return [None] * len(batches)
     masks: list[Tensor | None] = []
-    start = 0
-    for count in counts:
-        numbers = rank + world_size * torch.arange(start, start + (count or 0))
+    for start, count in zip((of_all.cumsum(0) - of_all)[rank::world_size].long().tolist(), counts, strict=True):
+        numbers = torch.arange(start, start + (count or 0))
         masks.append(None if count is None else numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
-        start += count or 0
     return masks
 
 
