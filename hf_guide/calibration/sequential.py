@@ -139,7 +139,7 @@ class SequentialBlocks:
                 is_identity = calls_equal(self._trace(0, rows=1).calls, traced.calls)
         with replaced_blocks(self.blocks, traced.outputs, first_output(traced.outputs[-1])):
             replayed = self._trace(0, rows=1, to_end=True)
-        has_rows = _count_rows(self.batches[0], 1) is None or len(first_output(traced.outputs[-1])) == 1
+        has_rows = num_rows(self.batches[0]) is None or len(first_output(traced.outputs[-1])) == 1
         return StackStructure(traced.outputs, is_identity, has_rows and _nearly_equal(replayed.after, traced.after))
 
     @torch.no_grad()
@@ -494,7 +494,8 @@ class SequentialModel:
             for stack, streams in self.finished.items():
                 if stack == skip:
                     continue
-                final = streams[batch] if rows is None else streams[batch][: _count_rows(self.batches[batch], rows)]
+                is_whole = rows is None or num_rows(self.batches[batch]) is None
+                final = streams[batch] if is_whole else streams[batch][:rows]
                 replaced.enter_context(replaced_blocks(self.stacks[stack], self._outputs[stack], final))
             yield
 
@@ -549,11 +550,6 @@ class SequentialModel:
         is_new = note not in self.notes
         self.notes += [note] if is_new else []
         return is_new
-
-
-def _count_rows(batch: Batch, rows: int) -> int | None:
-    """Return that number of rows, or None for all where a row is not an example."""
-    return None if num_rows(batch) is None else rows
 
 
 def _nearly_equal(first: Any, second: Any) -> bool:
