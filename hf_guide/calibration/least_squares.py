@@ -300,16 +300,17 @@ def fit_weights(
     Args:
         targets: The weights.
         sums: The normal equations of their input; they are merged, for the want of memory.
-        ridge: None chooses one of `RIDGES`.
+        ridge: None chooses one of `RIDGES`, where there are held-out rows.
         eps: Relative rounding error of the models, from `max_eps`.
         dtype: The dtype of what is proportional to the number of rows.
 
     Returns:
-        None where every update does worse on the held-out rows than none, or reduces the error by no more than rounding.
+        None where every update does worse on the held-out rows than none, none of the rows is held out to show that, or the
+        update reduces the error by no more than rounding.
     """
     return_freed_memory()  # of the run that collected the sums
     scored = [target.scored(dtype) for target in targets]
-    chosen: list[_Candidate | None] = [(RIDGES[2] if ridge is None else ridge, False)] * len(targets)
+    chosen: list[_Candidate | None] = [None if ridge is None else (ridge, False)] * len(targets)
     if ridge is None and sums.validation.gram.any():
         chosen = _best_on_validation(scored, sums, eps, dtype)
     total = sums.merge()
@@ -522,7 +523,7 @@ class TokenRegression:
 
 def _fit_dual(weight: Tensor, x: Tensor, y: Tensor, train: int, ridge: float | None, eps: float) -> Fit | None:
     """Fit a weight to rows of which the first `train` choose it, and the others its ridge."""
-    chosen: _Candidate | None = (RIDGES[2] if ridge is None else ridge, False)
+    chosen: _Candidate | None = None if ridge is None else (ridge, False)
     signs = random_signs(len(weight)).to(x.dtype)
     scored = y @ signs.T
     kernel: TokenKernel | None = None

@@ -132,6 +132,17 @@ def test_noise_of_few_tokens_is_not_fitted() -> None:
     assert regression.fit(weight, None) is None
 
 
+@pytest.mark.parametrize("tokens", [20, 80])
+@pytest.mark.parametrize("is_held_out", [False, True])
+def test_without_rows_on_both_sides_only_a_given_ridge_is_fitted(tokens: int, is_held_out: bool) -> None:
+    """Of fewer tokens than features and of more."""
+    weight, x = normal(3, 60, seed=1), normal(tokens, 60)
+    for ridge in (None, 0.1):
+        regression = TokenRegression()
+        regression.add(x, x @ normal(60, 3, seed=2), torch.full((tokens,), is_held_out))
+        assert (regression.fit(weight, ridge) is None) == (ridge is None)
+
+
 def test_rows_that_do_not_choose_the_ridge_are_fitted_too(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, missing = normal(64, 12, seed=1), normal(64, 12, seed=2)
     halves = [normal_equations(x, x @ missing.T + 0.3 * normal(56, 64, seed=9)) for x in normal(112, 12).split(56)]
