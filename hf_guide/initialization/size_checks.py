@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_guide.errors import HfGuideError, OptionError, ShapeError
 from hf_guide.initialization.student_config import derive_student_config, tuples_to_lists
 from hf_guide.models.model_classes import meta_model
-from hf_guide.models.module_signature import module_signature
+from hf_guide.models.module_signature import config_signature
 from hf_guide.models.tiny_models import MODEL_ERRORS
 
 _SIZE = re.compile(
@@ -241,7 +241,7 @@ def check_config_agrees(
                 continue
             other = copy.deepcopy(config)
             setattr(_parent(other, (*path, name)), name, copy.deepcopy(computed))
-            if _structure(model_class, config) != _structure(model_class, other):
+            if config_signature(model_class, config) != config_signature(model_class, other):
                 continue
             raise ShapeError(
                 f"{'.'.join((*path, name))}={held!r} was requested, but {type(part).__name__} computes {name}={computed!r} "
@@ -313,9 +313,9 @@ def check_overrides_hold(
     ]
     if not sizes:
         return
-    built = _structure(model_class, config)
+    built = config_signature(model_class, config)
     for path, value in sizes:
-        if built is None or built != _structure(model_class, _with_entry_of(teacher, config, path)):
+        if built is None or built != config_signature(model_class, _with_entry_of(teacher, config, path)):
             continue
         if built != _requested_structure(model_class, teacher, _without_override(overrides, path, teacher)):
             continue  # it acts by what the class derives from it
@@ -370,7 +370,7 @@ def _requested_structure(
 ) -> Any:
     """Return the structure of the student with these overrides; None if it cannot be built."""
     try:
-        return _structure(model_class, derive_student_config(teacher, overrides))
+        return config_signature(model_class, derive_student_config(teacher, overrides))
     except HfGuideError:
         return None
 
@@ -383,14 +383,6 @@ def _with_entry_of(teacher: PreTrainedConfig, config: PreTrainedConfig, path: tu
     if teacher_value is not _NO_ENTRY:
         setattr(parent, path[-1], copy.deepcopy(teacher_value))
     return changed
-
-
-def _structure(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Any:
-    """Return the modules, settings and shapes of the model of a config; None if it cannot be built."""
-    try:
-        return module_signature(meta_model(model_class, config))
-    except MODEL_ERRORS:
-        return None
 
 
 def _names_read_at_runtime(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> set[str]:

@@ -5,8 +5,9 @@ Does not: select blocks or read weights.
 """
 
 import copy
+import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -25,6 +26,7 @@ from hf_guide.initialization.blocks.config_fields import (
 )
 from hf_guide.initialization.selection import evenly_spaced_indices
 from hf_guide.models.code_references import without_code_references
+from hf_guide.utils.by_value import ByValue
 from hf_guide.validation import did_you_mean
 
 # What identifies or stores the teacher, and is not the student's.
@@ -168,7 +170,7 @@ def _derive(
         if path[: len(prefix)] == prefix and len(path) > len(prefix) + 1:
             overrides.setdefault(path[len(prefix)], {})
     values = _constructor_values(teacher_config)
-    derived = _derived_names(type(teacher_config), values) - overrides.keys()
+    derived = _derived_names(ByValue.of((type(teacher_config), values))) - overrides.keys()
     heads_name, groups_name = (_real_name(teacher_config, n) for n in ("num_attention_heads", "num_key_value_heads"))
     each_its_own = isinstance(values.get(groups_name), int) and values[groups_name] == values.get(heads_name)
     if "id2label" in overrides or overrides.get("num_labels", teacher_config.num_labels) != teacher_config.num_labels:
@@ -267,8 +269,10 @@ def _size(config: PreTrainedConfig, name: str) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _derived_names(config_class: type[PreTrainedConfig], values: Mapping[str, Any]) -> set[str]:
-    """Return the names whose values the class computes by itself when all of them are left out."""
+@functools.lru_cache(maxsize=64)
+def _derived_names(teacher: ByValue[tuple[type[PreTrainedConfig], dict[str, Any]]]) -> Set[str]:
+    """Return the names whose values a config's class computes by itself when all of them are left out."""
+    config_class, values = teacher.value
     defaults = {field.name: field.default for field in fields(config_class)}
 
     def values_without(names: set[str]) -> dict[str, Any]:

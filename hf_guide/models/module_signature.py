@@ -3,12 +3,17 @@
 Everything can be read from models on the meta device.
 """
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_guide.models.model_classes import meta_model
+from hf_guide.models.tiny_models import MODEL_ERRORS
+from hf_guide.utils.by_value import ByValue
 
 _WITHOUT_EFFECT = re.compile(
     r"drop|^training$|^gradient_checkpointing$|^store_full_length_kv$|(^|_)(idx|index|id|number)$"
@@ -84,6 +89,26 @@ def module_signature(module: nn.Module) -> ModuleSignature:
             elif isinstance(value, (float, tuple)):
                 constants.append((name, key, repr(value)))
     return ModuleSignature(frozenset(structure), frozenset(switches), frozenset(sizes), frozenset(constants))
+
+
+def config_signature(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> ModuleSignature | None:
+    """Return how the model of a config is built; None if it cannot be. Those of the last configs are kept.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> one, other = (LlamaConfig(num_hidden_layers=1, sliding_window=window) for window in (None, 8))
+        >>> config_signature(LlamaForCausalLM, one) == config_signature(LlamaForCausalLM, other)  # Llama has no such window
+        True
+    """
+    return _built_signature(ByValue.of((model_class, config)))
+
+
+@functools.lru_cache(maxsize=64)
+def _built_signature(model: ByValue[tuple[type[PreTrainedModel], PreTrainedConfig]]) -> ModuleSignature | None:
+    try:
+        return module_signature(meta_model(*model.value))
+    except MODEL_ERRORS:
+        return None
 
 
 def describe_difference(teacher: ModuleSignature, student: ModuleSignature, *, widths: bool) -> str:

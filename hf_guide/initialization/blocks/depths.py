@@ -88,12 +88,14 @@ def find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], la
     stacks_known = tuple(row.pattern for row in layout.rows if "{block}" in row.pattern)
     key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str), stacks_known)
     if key not in _depths_cache:
-        _depths_cache.clear()  # keep one model at a time
+        if len(_depths_cache) == _KEPT_MODELS:
+            del _depths_cache[next(iter(_depths_cache))]
         _depths_cache[key] = _probe_depths(config, model_class, layout)
     return _depths_cache[key]
 
 
 _depths_cache: dict[Any, StackDepths] = {}
+_KEPT_MODELS = 8  # they are on the meta device
 
 
 def _probe_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], layout: Layout) -> StackDepths:
