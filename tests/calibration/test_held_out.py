@@ -38,6 +38,7 @@ def distance(one: Any, other: Any) -> float:
     return ((first - second).norm() / first.norm()).item()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ALL_KINDS)
 def test_the_student_does_not_depend_on_how_examples_are_batched(name: str) -> None:
     """And one batch of all examples is enough to choose ridges."""

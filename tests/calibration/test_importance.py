@@ -30,6 +30,7 @@ def count(name: str) -> str:
     return COUNTS.get(name, "num_local_experts")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_identity(name: str) -> None:
     case = ALL[name]
@@ -81,6 +82,7 @@ def lifted(case: Case, *, per_token: int) -> tuple[Any, Any, dict[int, list[int]
     return small, big, live
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", MIXTURES)
 def test_dead_experts_are_pruned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = ALL[name]

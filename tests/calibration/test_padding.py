@@ -59,6 +59,7 @@ def with_decoder(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     ]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("make", "pair"), [(opt, False), (bart, False), (bart, True), (t5, False), (t5, True)])
 def test_the_content_of_padding_changes_nothing(make: Any, pair: bool) -> None:
     teacher, smaller = make()

@@ -22,6 +22,7 @@ def refitted(report: InitializationReport) -> set[str]:
     return {each.name for each in report.parameters if any("refitted" in step for step in each.steps)}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("has_instructions", [True, False], ids=["with instructions", "without"])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -44,6 +45,7 @@ def test_a_half_precision_teacher_has_the_same_weights_fitted_as_its_float32_cop
         assert errors[0][stack] == pytest.approx(shares, rel=0.05)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2"])
 def test_where_a_half_precision_teacher_loses_nothing_nothing_changes(name: str, dtype: torch.dtype) -> None:
@@ -55,6 +57,7 @@ def test_where_a_half_precision_teacher_loses_nothing_nothing_changes(name: str,
     assert student.initialization_report.calibration["logit_scale"] == 1.0
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize(
     ("family", "factor"),

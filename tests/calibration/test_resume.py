@@ -63,6 +63,7 @@ def report_of(student: Any) -> dict[str, Any]:
     return {name: value for name, value in report.items() if name not in ("seconds", "peak_memory_bytes")}
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("name", "halfway"), [("llama tied", False), ("llama tied", True), ("gpt2", False), ("t5", False)]
 )
@@ -102,6 +103,7 @@ def test_killed_after_every_file_it_ends_with_the_same_bits(
     assert not list((tmp_path / "cache").glob("*.partial"))
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("name", ["llama tied", "t5"])
 def test_killed_at_random_moments_it_ends_with_the_same_bits(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -145,6 +147,7 @@ def test_what_was_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == files
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("removed", ["tied_embedding", "layers.0", "layers.1", "lm_head"])
 def test_a_step_that_was_removed_is_computed_again_with_all_after_it(removed: str, tmp_path: Path) -> None:
     expected = make_student("llama tied", tmp_path)
@@ -158,6 +161,7 @@ def test_a_step_that_was_removed_is_computed_again_with_all_after_it(removed: st
     assert again == steps[steps.index(removed) :]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -230,6 +234,7 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
     check_error(cache, "damaged")
 
 
+@pytest.mark.extended
 def test_a_process_that_gets_sigkill_while_it_refits(tmp_path: Path) -> None:
     script = """
         import os, signal, sys

@@ -57,6 +57,7 @@ def random_texts(count=60):
     ]
 
 
+@pytest.mark.sampled(4)
 def test_student_computes_the_teachers_logits_on_kept_pieces(case):
     _, teacher, tokenizer, student, reduced, _ = case
     kept = [tokenizer.get_vocab()[token] for token, _ in sorted(reduced.get_vocab().items(), key=lambda pair: pair[1])]

@@ -234,6 +234,7 @@ def test_a_missing_teacher_is_one_clear_message(tmp_path, capsys):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.extended
 def test_a_disk_that_runs_full_leaves_nothing(teacher, tmp_path):
     """A limit on the length of files stands in for the full disk: both fail in the middle of a write."""
 
@@ -271,6 +272,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.extended
 def test_ctrl_c_leaves_nothing(teacher, tmp_path):
     command = [sys.executable, "-c", INTERRUPTED, "init", str(teacher), *SMALLER, "-o", str(tmp_path / "student")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -290,6 +292,7 @@ def test_the_folder_appears_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "a" / "b" / "whole").read_text() == "whole" and os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.extended
 def test_inspect_shows_the_curve_and_widths_that_can_be_made(teacher, tmp_path):
     done = hf_guide("inspect", teacher, "--plot", tmp_path / "curve.png")
     assert done.returncode == 0, done.stderr

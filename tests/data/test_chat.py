@@ -84,6 +84,7 @@ def test_examples_are_the_turns_with_their_targets(template: str, assistant_only
         assert rows_of(found.train) == sorted((ids, [-100, *labels[1:]]) for ids, labels in rows)
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("max_length", [3, 5, 8, 24])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("name", FORMATS)

@@ -110,6 +110,7 @@ def test_every_damage_is_seen(damage: str, whole: tuple[Path, list[dict[str, flo
     assert checkpoints.last_complete_checkpoint(folder) == folder / "checkpoint-6"
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("damage", ["no state", "weights cut", "optimizer flipped"])
 def test_an_incomplete_or_damaged_checkpoint_is_skipped_and_the_curve_is_unchanged(
     damage: str, whole: tuple[Path, list[dict[str, float]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -162,6 +163,7 @@ def test_without_a_complete_checkpoint_training_starts_from_the_beginning_with_a
         trainer(tmp_path / "elsewhere").train(resume_from_checkpoint=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("by", ["max_steps", "num_train_epochs", "part of an epoch", "fewer steps"])
 def test_a_finished_run_that_is_resumed_trains_no_further(by: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = {
@@ -182,6 +184,7 @@ def test_a_finished_run_that_is_resumed_trains_no_further(by: str, tmp_path: Pat
     ]
 
 
+@pytest.mark.extended
 def test_a_write_that_fails_at_any_file_leaves_only_complete_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -147,6 +147,7 @@ def test_the_spearman_correlation_is_that_over_all_pairs_of_texts(teacher: Path,
     assert found == pytest.approx(float(torch.corrcoef(torch.stack(ranks))[0, 1]), abs=1e-2)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["teacher", "pooled_teacher"], ids=["dense layer", "isometry"])
 def test_a_resumed_run_is_the_uninterrupted_one(kind: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     teacher: Path = request.getfixturevalue(kind)

@@ -88,6 +88,7 @@ def cases() -> list[Any]:
     return found
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("task", "objective"), cases())
 def test_a_step_without_targets_has_loss_and_gradient_zero(task: str, objective: str, tmp_path: Path) -> None:
     weights, log = run(task, tmp_path, examples(task, {1}), **OBJECTIVES[objective])
@@ -98,6 +99,7 @@ def test_a_step_without_targets_has_loss_and_gradient_zero(task: str, objective:
     assert all(log[1].get(name, 0.0) == 0.0 for name in OBJECTIVES[objective]["losses"] or ())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("task", TASKS)
 def test_micro_batches_without_targets_count_for_nothing(task: str, average: bool, tmp_path: Path) -> None:
@@ -129,6 +131,7 @@ def test_means_over_a_logging_interval_are_those_of_the_steps_with_targets(tmp_p
     assert min(each[0]["kd"], each[2]["kd"]) <= log[0]["kd"] <= max(each[0]["kd"], each[2]["kd"])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "token-classification"])
 def test_a_users_own_loss_is_not_called_for_a_batch_without_targets(task: str, tmp_path: Path) -> None:
     def own(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -154,6 +157,7 @@ def test_a_cached_teacher_has_no_signals_without_targets_either(task: str, tmp_p
     assert torch.equal(weights[1], weights[2]) and log[1]["loss"] == 0.0 and log[2]["kd"] > 0
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("task", ["causal-lm", "seq2seq-lm", "sequence-classification"])
 def test_the_optimizer_does_what_it_does_with_zero_gradients(task: str, tmp_path: Path) -> None:
     """Weight decay and momentum go on, as they do in a plain `Trainer`."""

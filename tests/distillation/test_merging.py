@@ -186,6 +186,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-3))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(("family", "target"), CASES)
 def test_an_adapter_trains_as_a_plain_loop_trains_it_and_saves_and_merges_equal(
     family: str, target: str, tmp_path: Path
@@ -230,6 +231,7 @@ def measured(task: str, student: Any, teacher: Any, folder: Path, **changes: Any
     }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("family", "target"),
     [
@@ -295,6 +297,7 @@ def test_a_teacher_with_an_adapter_teaches_the_same_in_every_form(form: Callable
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", ["llama, tied", "bert classifier"])
 def test_gradient_checkpointing_leaves_an_adapters_gradients_as_they_are(family: str, tmp_path: Path) -> None:
     task, make, *_ = FAMILIES[family]
@@ -395,6 +398,7 @@ MERGEABLE = {
 }
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("kind", MERGEABLE)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_every_mergeable_adapter_is_merged_in_every_precision(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:

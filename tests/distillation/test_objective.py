@@ -26,6 +26,7 @@ class OnOutputs(DistillationTrainer):
         return (loss, outputs) if return_outputs else loss
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("objective", ["ce", "kd", {"ce": 0.5, "kd": 0.5}, "hidden_states"])
 def test_a_derived_loss_has_the_logits(objective: Any, tmp_path: Path) -> None:
     data = examples_for("causal-lm", 4)
@@ -72,6 +73,7 @@ def own_terms() -> Iterator[None]:
     _LOSSES.update(before)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("term", ["mean_of_logits", "class_by_class", "mean_of_states", "mean_of_embeddings"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.usefixtures("own_terms")
@@ -109,6 +111,7 @@ def of_class(kind: Any, seed: int) -> Any:
     return model
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("side", ["student", "teacher"])
 @pytest.mark.parametrize("kind", [PassesOn, NamesOne])
 def test_a_forward_that_passes_its_inputs_on_has_those_of_the_stock_one(kind: Any, side: str, tmp_path: Path) -> None:

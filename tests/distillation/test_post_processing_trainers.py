@@ -88,6 +88,7 @@ KINDS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", KINDS)
 def test_evaluation_has_their_metrics_and_the_losses(name: str, tmp_path: Path) -> None:
     is_seq2seq = name.startswith("seq2seq")

@@ -191,6 +191,7 @@ def killed_runs(folder: Path, *words: object) -> str:
     return run_python(script, folder, *words, seconds=3600, **environment).splitlines()[-1]
 
 
+@pytest.mark.extended
 def test_runs_that_are_killed_at_random_moments_end_as_an_uninterrupted_one(tmp_path: Path) -> None:
     assert killed_runs(tmp_path, "--runs", 1, "--kills", 3).endswith("1 ended as the uninterrupted run")
 

@@ -71,6 +71,7 @@ def check_ended(trainer: DistillationTrainer, folder: Path, step: int, words: li
         assert all_finite(kept.parameters())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("norm", [0.0, 1.0])
 @pytest.mark.parametrize("task", TASKS)
 def test_a_gradient_is_named_before_the_optimizer_uses_it(task: str, norm: float, tmp_path: Path) -> None:

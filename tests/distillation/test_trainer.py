@@ -64,6 +64,7 @@ def gradient(task: str, folder: Path, objective: dict[str, float], **changes: An
     return step_of(student, before)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("task", TASKS)
 def test_accumulation_leaves_gradients_as_they_are(task: str, objective: str, tmp_path: Path) -> None:
@@ -79,6 +80,7 @@ def test_accumulation_leaves_gradients_as_they_are(task: str, objective: str, tm
     assert (at_once - one_by_one).norm() < 1e-5 * at_once.norm()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("task", TASKS)
 def test_the_task_loss_alone_is_plain_trainer(task: str, tmp_path: Path) -> None:
     ours, plain = model_for(task, 1), model_for(task, 1)
@@ -100,6 +102,7 @@ def test_the_task_loss_alone_is_plain_trainer(task: str, tmp_path: Path) -> None
     assert losses[0] == losses[1] and len(losses[0]) == 5
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("kd_loss_type", ["forward_kl", "reverse_kl", "jsd"])
 def test_a_student_distilled_from_itself_is_unchanged(task: str, kd_loss_type: str, tmp_path: Path) -> None:
