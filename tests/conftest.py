@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as `extended` all parameters of a test with `sampled(n)` but n of them."""
     tests: defaultdict[str, dict[str, pytest.Item]] = defaultdict(dict)
     for item in items:
-        if item.get_closest_marker("sampled"):
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
             test, _, parameters = item.nodeid.partition("[")
             tests[test][parameters] = item
     for parameters in tests.values():

@@ -80,6 +80,7 @@ def started_by_hand(script: str, folder: Path, killed: int, size: int) -> list[t
             process.kill()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_capture_whose_other_process_was_killed_names_it(killed: int, tmp_path: Path) -> None:
     ended = started_by_hand(CAPTURE, tmp_path / "capture", killed, 2)
@@ -98,6 +99,7 @@ def test_a_sum_whose_other_process_was_killed_names_it(killed: int, tmp_path: Pa
         assert rank == killed or f"rank {killed}" in message
 
 
+@pytest.mark.extended
 def test_all_processes_resume_from_the_same_complete_checkpoint(tmp_path: Path) -> None:
     found = run_processes("checkpoints.py", 2, {"folder": str(tmp_path / "run")}, tmp_path)
     assert found["checkpoints"] == ["checkpoint-6", "checkpoint-3"] == sorted(found["left"], reverse=True)

@@ -25,6 +25,7 @@ def vector(found: dict[str, Any]) -> torch.Tensor:
     return torch.cat([torch.tensor(values) for _, values in sorted(found["gradients"].items())])
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     ("task", "objective", "more"),
     [
@@ -57,6 +58,7 @@ def test_two_processes_of_four_are_one_of_eight(
         assert torch.allclose(torch.tensor(values), torch.tensor(found[1]["maps"][name]), atol=1e-6)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("offloaded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_sharded_students_and_teachers_have_the_same_gradients(offloaded: bool, tmp_path: Path) -> None:
     """Of a student sharded by FSDP2 the teacher is sharded too, or stays on the disk where it was offloaded to."""

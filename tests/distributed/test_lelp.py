@@ -12,6 +12,7 @@ from tests.signal_cache.tiny_teachers import Pad
 RUNS = [("lelp", False), ("lelp", True), ("kmeans", False), ("labels", False)]
 
 
+@pytest.mark.extended
 def test_two_processes_fit_the_projector_of_one(tmp_path):
     actual = run_processes("fit_subclasses.py", 2, {"runs": RUNS, "folder": str(tmp_path)}, tmp_path)
     assert actual["world_size"] == 2 and all(actual["alike"].values())
@@ -38,6 +39,7 @@ def test_two_processes_fit_the_projector_of_one(tmp_path):
         assert (mine - theirs).abs().max() < (1e-9 if not capture else 1e-5)
 
 
+@pytest.mark.extended
 def test_two_processes_of_four_train_on_subclasses_as_one_of_eight(tmp_path):
     """Also where a batch has examples without a label, more of them in one process than in the other."""
     actual, objective = [], {"ce": 0.3, "lelp": 0.7}

@@ -19,6 +19,7 @@ def run(processes: int, folder: Path, **given: Any) -> dict[str, Any]:
     return run_processes("without_targets.py", processes, given, folder)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("task", "average"),
     [
@@ -47,6 +48,7 @@ def test_a_process_without_targets_adds_nothing(task: str, average: bool, tmp_pa
             assert two["log"][0][name] == pytest.approx(one["log"][0][name], rel=1e-4)
 
 
+@pytest.mark.extended
 def test_sharded_weights_do_not_wait_for_a_process_without_targets(tmp_path: Path) -> None:
     arguments = {"losses": {"ce": 0.5, "kd": 0.5}}
     one, two = (run(processes, tmp_path, arguments=arguments, sharded=processes == 2) for processes in (1, 2))
@@ -55,6 +57,7 @@ def test_sharded_weights_do_not_wait_for_a_process_without_targets(tmp_path: Pat
     assert (weights - expected).norm() < 1e-4 * (expected[-1] - expected[0]).norm()
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     ("spoil", "sharded"),
     [

@@ -1,5 +1,7 @@
 """Several processes capture what one does, and share the work."""
 
+import pytest
+
 from hf_guide.signal_cache.writer import capture_teacher
 from tests.distributed.launch import run_processes
 from tests.signal_cache.tiny_teachers import TEACHERS, Pad, examples_for
@@ -8,6 +10,7 @@ SHARDS = {"shard_size": 6, "batch_size": 4, "hidden_layers": [2]}
 CONFIGS = {"causal-lm": {**SHARDS, "top_k": 8}, "sequence-classification": SHARDS}
 
 
+@pytest.mark.extended
 def test_two_processes_write_the_same_files_as_one(tmp_path):
     given = {"configs": CONFIGS, "examples": 29, "folder": str(tmp_path / "two")}
     found = run_processes("write_cache.py", 2, given, tmp_path)

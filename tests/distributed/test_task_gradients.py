@@ -12,6 +12,7 @@ FAST = ("question-answering", "ctc")
 """What the default run has; the others are slow only because each process trains them all."""
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("names", [FAST, pytest.param(tuple(CASES), marks=pytest.mark.slow)], ids=["some", "all"])
 def test_two_processes_of_four_are_one_of_eight(names: tuple[str, ...], tmp_path: Path) -> None:
     # The rows of image-text pairs compare the examples of a batch: four of them are another question than eight.

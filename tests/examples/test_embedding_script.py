@@ -45,6 +45,7 @@ def run(files: dict[str, Any], output: Path, *, launcher: tuple[str, ...] = (), 
     return measured
 
 
+@pytest.mark.extended
 def test_texts_without_labels_train_a_sentence_transformers_folder(files: dict[str, Any], tmp_path: Path) -> None:
     measured = run(files, tmp_path, prompt="query: ")
     assert {

@@ -82,6 +82,7 @@ def test_a_causal_language_model_is_trained_from_one_config_file(alone):
     assert json.loads((alone / "distillation.json").read_text())["training"]["total_train_batch_size"] == 4
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize("launcher", [pytest.param("torchrun", marks=pytest.mark.slow), "accelerate"])
 def test_two_processes_train_as_one_with_twice_the_batch(launcher, causal, alone, tmp_path):
     printed, measured = run(
@@ -95,6 +96,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(launcher, causal, alone
     assert measured["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-4)
 
 
+@pytest.mark.extended
 def test_masked_language_models(tmp_path):
     teacher = make_model(tmp_path / "teacher", "bert", "ForMaskedLM")
     run(
@@ -108,6 +110,7 @@ def test_masked_language_models(tmp_path):
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "student").config.num_hidden_layers == 1
 
 
+@pytest.mark.extended
 def test_text_classifiers_keep_the_order_of_the_teachers_labels(tmp_path):
     labels = {"id2label": dict(enumerate(LABELS[::-1])), "label2id": {name: n for n, name in enumerate(LABELS[::-1])}}
     teacher = make_model(tmp_path / "teacher", "bert", "ForSequenceClassification", **labels)
@@ -130,6 +133,7 @@ def test_text_classifiers_keep_the_order_of_the_teachers_labels(tmp_path):
     assert measured["eval_accuracy"] > 0.9
 
 
+@pytest.mark.extended
 def test_image_classifiers(tmp_path):
     teacher = make_model(tmp_path / "teacher", "vit", "ForImageClassification")
     folder = write_images(tmp_path / "images")
