@@ -11,6 +11,7 @@ from tests.examples.local import EXAMPLES
 
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
+run_sync = pytest.importorskip("jupyter_core.utils").run_sync
 manager = pytest.importorskip("jupyter_client.manager")
 kernelspec = pytest.importorskip("jupyter_client.kernelspec")
 pytest.importorskip("ipykernel")
@@ -56,5 +57,8 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     client = nbclient.NotebookClient(
         notebook, timeout=300, km=kernels, resources={"metadata": {"path": str(tmp_path)}}
     )
-    client.execute(env=dict(os.environ), cwd=str(tmp_path))
+    try:
+        client.execute(env=dict(os.environ), cwd=str(tmp_path))
+    finally:  # the client leaves alone a kernel that it was given
+        run_sync(kernels.shutdown_kernel)(now=True)
     assert (tmp_path / "student" / "config.json").is_file()

@@ -85,6 +85,7 @@ def test_saved_students_load_stock_in_a_process_that_cannot_have_hf_guide(tmp_pa
         assert all(torch.equal(tensor, expected[key]) for key, tensor in results.items())
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("method", ["guide", "uniform", "random"])
 def test_the_report_lists_every_parameter_and_is_saved_with_the_weights(
@@ -135,6 +136,7 @@ def save_in_worker(_: int, student: LlamaForCausalLM, folder: str) -> None:
         student.model.norm.weight.fill_(9.0)
 
 
+@pytest.mark.extended
 def test_a_student_goes_to_another_process_and_saves_there(tmp_path: Path) -> None:
     student = llama_student().share_memory()
     arguments = (student, str(tmp_path / "student"))
@@ -264,6 +266,7 @@ PUSH_AGAIN = """
 """
 
 
+@pytest.mark.extended
 def test_a_card_on_the_hub_keeps_its_own_words(tmp_path: Path) -> None:
     """Pushed, its card edited by hand, its tokenizer added, pushed again after training, to a branch, and as a proposal."""
     with fake_hub() as hub:
@@ -369,6 +372,7 @@ VISION_LANGUAGE = """
 """
 
 
+@pytest.mark.extended
 def test_a_vision_language_student_is_pushed_with_its_processor(tmp_path: Path) -> None:
     with fake_hub() as hub:
         run_with_hub(VISION_LANGUAGE, hub, tmp_path)

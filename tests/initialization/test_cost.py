@@ -58,6 +58,7 @@ print(json.dumps(rows))
 """
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="the peak of memory is reset there")
 @pytest.mark.parametrize("teachers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_peak_of_a_run_is_close_to_its_estimate(teachers: int, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def exactly_normed(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("family", ["arcee", "seed_oss", "mamba", "qwen3_next", "minimax_m2"])
 def test_inferred_layout_passes_the_law_of_lift(family: str) -> None:
     assert family not in registered_layouts()

@@ -57,6 +57,7 @@ def registered() -> Iterator[None]:
     del CONFIG_CLASSES["reversed_blocks"], registry._METHOD_CLASSES["reversed_blocks"]
 
 
+@pytest.mark.extended
 def test_the_built_in_methods_are_known_to_the_module_of_the_config_alone() -> None:
     code = (
         "from hf_guide.initialization.config import InitializationConfig; print(type(InitializationConfig('uniform')))"

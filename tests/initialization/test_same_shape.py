@@ -108,6 +108,7 @@ def teacher_of(name: str, task: str, model_type: str, **changes: Any) -> PreTrai
     pytest.skip(f"{name} has no small model here: {reason[:200]}")
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("name", "task", "model_type"), classes())
 def test_with_nothing_changed_a_student_is_its_teacher(name: str, task: str, model_type: str) -> None:
     teacher = teacher_of(name, task, model_type)
@@ -142,6 +143,7 @@ def language_models() -> list[Any]:
     ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(("name", "task", "model_type"), language_models())
 def test_every_language_model_gets_narrower_from_memory_and_from_a_folder(

@@ -151,6 +151,7 @@ def sizes_of_config(config: Any) -> list[tuple[str, str, Any]]:
     return found
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("family", ["llama", "bert", "t5", "swin", "llava", "mixture"])
 @pytest.mark.parametrize("value", ["x", -32, 0, True, 1.5, 10**9], ids=str)
 def test_an_invalid_size_is_an_error_before_anything_is_built(

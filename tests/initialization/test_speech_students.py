@@ -51,6 +51,7 @@ GENERATE = """
 """
 
 
+@pytest.mark.extended
 def test_students_transcribe_with_timestamps_in_a_process_without_hf_guide(
     teacher: PreTrainedModel, processor: WhisperProcessor, tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_an_encoder_that_is_kept_gives_the_teachers_states(teacher: PreTrainedMo
     assert student.config.encoder_layers == 4 and student.config.decoder_layers == 2
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("stable", [False, True])
 @pytest.mark.parametrize("kind", ["wav2vec2", "hubert", "classifier"])
 @torch.no_grad()
@@ -124,6 +126,7 @@ def calibrated(teacher: PreTrainedModel, data: Any, **changes: Any) -> PreTraine
     return from_teacher(teacher, method="calibrated", calibration_dataset=data, show_progress=False, **changes)
 
 
+@pytest.mark.extended
 def test_sounds_calibrate_from_rows_as_from_batches(tmp_path: Path, teacher: PreTrainedModel, processor: Any) -> None:
     """Rows as `Dataset.map` leaves them: spectrograms, and transcripts that begin with the decoder's own first token."""
     sounds = [tone("low", "high", seed=seed) for seed in range(8)]

@@ -34,6 +34,7 @@ def table(model: PreTrainedModel) -> torch.Tensor:
     return model.get_input_embeddings().weight.detach()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rows", [REAL, 93, 128])
 def test_padded_rows_may_differ(teacher: tuple[Path, str], rows: int) -> None:
     folder, name = teacher

@@ -48,6 +48,7 @@ def overrides(name: str) -> dict[str, int]:
     return STUDENT | ({"num_key_value_heads": 3, "head_dim": 8} if name in ("llama", "mixtral") else {})
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["guide", "uniform"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_student_made_in_blocks_of_rows_is_the_one_made_of_whole_tensors(name, method, tmp_path, monkeypatch):

@@ -128,6 +128,7 @@ def difference(student: PreTrainedModel, teacher: PreTrainedModel) -> float:
     return relative_error(output, expected)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("family", EXACT, ids=str)
 def test_a_student_of_some_blocks_is_the_teacher_with_the_others_bypassed(family: Family) -> None:
     teacher, stacks = family.teacher(), None
@@ -139,6 +140,7 @@ def test_a_student_of_some_blocks_is_the_teacher_with_the_others_bypassed(family
     assert generates_alike_with_and_without_cache(student, teacher)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("family", REPORTED, ids=str)
 def test_any_other_dependence_on_a_block_index_is_reported(family: Family) -> None:
     teacher = family.teacher()
@@ -153,6 +155,7 @@ def test_any_other_dependence_on_a_block_index_is_reported(family: Family) -> No
         assert "Not exact beyond the smaller sizes: 1 approximated" in student.initialization_report.summary()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", BLOCKS_OF_ANOTHER_KIND)
 def test_a_block_of_another_kind_than_its_position_is_an_error(name: str) -> None:
     with pytest.raises(ShapeError, match=BLOCKS_OF_ANOTHER_KIND[name][1]):
@@ -202,6 +205,7 @@ def test_adapters_of_a_shared_block_follow_the_blocks_that_use_it(kept: list[int
 INFLUENCE = ["LlamaForCausalLM", "GPT2LMHeadModel", "BertForMaskedLM", "T5ForConditionalGeneration"]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", INFLUENCE)
 def test_blocks_selected_by_influence_obey_the_law_too(name: str) -> None:
     family = next(family for family in EXACT if family.model_class == name)

@@ -160,6 +160,7 @@ FAMILIES = {
 }
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("choice", CHOICES, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_has_the_teachers_values_at_the_selected_blocks(family: str, choice: object) -> None:
@@ -211,6 +212,7 @@ def test_nested_lists_follow_the_blocks_of_their_own_stack() -> None:
     assert listed.initialization_report.blocks["vision_tower.encoder.layers"] == [0, 1, 2, 3]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "config,blocks,expected",
     [

@@ -193,6 +193,7 @@ def test_the_teacher_is_loaded_onto_the_accelerator(text, tmp_path, monkeypatch)
     assert asked == [device, device]
 
 
+@pytest.mark.extended
 def test_images_are_shown(tmp_path):
     torch.manual_seed(0)
     config = ViTConfig(
