@@ -89,6 +89,7 @@ def test_teacher_capture_and_targets_give_the_same_probabilities(task: str, tmp_
     assert converted.manifest.example_bytes(12) == 16 + 4 * SUBCLASSES * CLASSES
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
 @pytest.mark.parametrize(
     "way", ["the trainer's teacher", "the trainer's capture", "the collator's teacher", "targets"]

@@ -93,6 +93,7 @@ def test_with_remote_code_class_logits_are_exact(task: str, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
 def test_the_remote_code_does_not_import_hf_guide(task: str, tmp_path: Path) -> None:
     student = student_of(task)

@@ -78,6 +78,7 @@ def test_the_gradient_is_that_of_the_unified_cross_entropy(task: str, tmp_path: 
     assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("task", TASKS)
 def test_one_subclass_is_exactly_distillation(task: str, tmp_path: Path) -> None:
     tau, teacher = 2.0, model_for(task, 2).eval()
@@ -143,6 +144,7 @@ def test_hard_labels_and_distillation_use_class_logits(task: str, tmp_path: Path
     assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("objective", ["ce", "lelp", {"ce": 0.5, "lelp": 0.5}])
 def test_accumulated_batches_are_one_batch(objective: Any, tmp_path: Path) -> None:
     task = "sequence-classification"

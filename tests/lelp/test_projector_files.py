@@ -32,6 +32,7 @@ PUSH = """
 """
 
 
+@pytest.mark.extended
 def test_it_is_pushed_and_loaded_by_its_id(tmp_path):
     (tmp_path / "teacher").mkdir()
     projector = dataclasses.replace(fit(make_embeddings()), teacher=str(tmp_path / "teacher"))

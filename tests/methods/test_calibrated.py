@@ -132,6 +132,7 @@ def test_the_report_states_what_was_selected(teacher: Any, tmp_path: Path) -> No
     assert len(calibration["residual_error"]["layers"]) == 2 and calibration["logit_scale"] > 0
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", list(KINDS))
 def test_every_kind_of_model_becomes_itself_or_smaller(name: str) -> None:
     kind = KINDS[name]
@@ -171,6 +172,7 @@ def test_neurons_that_repeat_others_cost_nothing_once_refitted(teacher: Any) -> 
     assert errors["output_projections"] < 1e-6 < 1e-3 < errors["none"]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "change",
     [

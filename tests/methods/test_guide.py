@@ -252,6 +252,7 @@ def test_each_stack_has_its_own_blocks() -> None:
             assert torch.equal(found, teacher.get_submodule(f"{part}.block.{block}.layer.0.SelfAttention.q").weight)
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("width", ["reduced", "full"])
 @pytest.mark.parametrize("family", ["llama", "llama-tied", "gpt2", "gpt2-untied", "gemma"])
 def test_logit_scale_multiplies_only_the_logits(family: str, width: str) -> None:

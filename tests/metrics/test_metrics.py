@@ -167,6 +167,7 @@ WORKER = """
 """
 
 
+@pytest.mark.extended
 def test_what_two_processes_added_is_merged_in_the_first(tmp_path):
     """Real processes, which are offline and do not import hf_guide."""
     script = textwrap.dedent(WORKER)

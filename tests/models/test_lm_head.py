@@ -532,6 +532,7 @@ print(step(2048) - few)
 """
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
 def test_memory_does_not_grow_with_the_items():
     growth = int(run_python(PEAK, OMP_NUM_THREADS="1"))
@@ -590,6 +591,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.extended
 def test_two_processes_get_the_gradients_of_one_with_replicas_and_with_shards(tmp_path):
     script = tmp_path / "two_processes.py"
     script.write_text(TWO_PROCESSES)

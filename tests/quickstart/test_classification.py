@@ -71,6 +71,7 @@ def check_result(rows, options: ClassificationArguments, printed: str) -> None:
     assert picture.height % 28 == 0 and picture.getextrema()[0] < 128 < picture.getextrema()[1]
 
 
+@pytest.mark.extended
 def test_the_whole_way_on_few_images(options, capsys):
     rows = quickstart(options, show_progress=False)
     check_result(rows, options, capsys.readouterr().out)

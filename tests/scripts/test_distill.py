@@ -84,6 +84,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str, Any]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("task", CASES)
 def test_every_task_is_trained_evaluated_and_saved(task, tmp_path, capsys):
     family, kind, changes, where, write = CASES[task]
@@ -125,6 +126,7 @@ def test_a_student_that_is_there_already_gets_its_teachers_labels(tmp_path):
     assert config.architectures == ["BertForSequenceClassification"] and config.id2label == LABELS["id2label"]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("task", ["causal-lm", "masked-lm"])
 def test_from_a_capture_no_teacher_is_needed(task, tmp_path):
     family, kind, changes, where, write = CASES[task]
@@ -443,6 +445,7 @@ def test_accuracy_counts_only_what_has_a_label():
 # The whole
 
 
+@pytest.mark.extended
 def test_the_real_example_runs_with_a_local_teacher_and_text(teacher, tmp_path):
     folder = tmp_path / "student"
     words = local.flags(

@@ -28,6 +28,7 @@ def settings_of(name: str, folder: Path, **changes: Any) -> dict[str, Any]:
     return plain | {"data_files": [str(write_rows(folder / "rows.json", rows))]} | changes
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("task", METRICS)
 def test_each_is_distilled_from_a_file_of_options(task, tmp_path):
     family, head, changes = TEACHERS[task]

@@ -52,6 +52,7 @@ def run(folder: Path, **options: Any) -> list[dict[str, float]]:
     return [entry for entry in history if "kd" in entry]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_capture_of_chat_data_equals_the_teacher(packing: bool, chat: Path, tmp_path: Path) -> None:
     teacher = save_model(tmp_path / "teacher", PLAIN)

@@ -38,6 +38,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.mark.extended
 def test_answers_about_images_are_generated_and_a_capture_equals_the_teacher(llava: str, tmp_path: Path) -> None:
     file = str(write_conversations(tmp_path / "data", 12))
     data = {"data_files": file, "assistant_only_loss": True, "validation_split_percentage": 34}

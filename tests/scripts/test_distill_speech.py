@@ -55,6 +55,7 @@ def run(folder: Path, **options: Any) -> dict[str, float]:
     return distill(read_config(file))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("kind", ["whisper", "ctc", "spectrogram", "waveform"])
 def test_a_captured_teacher_of_sounds_is_as_good_as_a_live_one(kind: str, tmp_path: Path) -> None:
     teacher, smaller, data = case(kind, tmp_path)
@@ -86,6 +87,7 @@ def test_a_captured_teacher_of_sounds_is_as_good_as_a_live_one(kind: str, tmp_pa
     assert f"pipeline_tag: {'automatic-speech-recognition' if recognizes else 'audio-classification'}" in card
 
 
+@pytest.mark.extended
 def test_a_calibrated_student_is_made_of_the_sounds_that_it_trains_on(tmp_path: Path) -> None:
     teacher, smaller, data = case("whisper", tmp_path)
     run(

@@ -91,6 +91,7 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.extended
 def test_a_killed_run_goes_on_in_its_stage(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     distill(read_config(write(tmp_path, teacher, "whole", stages=[DEPTH, WIDTH])))
     path = write(tmp_path, teacher, stages=[DEPTH, WIDTH])

@@ -53,6 +53,7 @@ def test_distill_tokenizes_with_the_students_vocabulary(files: tuple[Path, Path,
     check_folder(teacher, student)
 
 
+@pytest.mark.extended
 def test_later_stages_keep_the_vocabulary_of_the_first(files: tuple[Path, Path, Path]) -> None:
     teacher, student, texts = files
     options = QUICK | {
