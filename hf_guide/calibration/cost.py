@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedModel
 
-from hf_guide.calibration.block_selection import SEARCH_TOKENS
+from hf_guide.calibration.block_selection import SEARCH_TOKENS, is_wide_enough
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import default_num_tokens
 from hf_guide.calibration.head_fitting import LOGIT_SCALE_TOKENS, TOKENS_AT_A_TIME
@@ -55,6 +55,7 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
     tokens = config.calibration_tokens or default_num_tokens(neurons)
     is_shallower = sum(map(len, plan.block_mapping.values())) < len(blocks)
     searches = is_shallower and config.layer_selection == LayerSelection.LOCAL_SEARCH
+    searches = searches and any(map(is_wide_enough, plan.widths.values() or [None]))
     stacks = len(plan.block_mapping)
     searched = float(SEARCH_TOKENS * numbers * (SEARCH_PASSES if stacks == 1 else stacks * SEARCHED_SETS)) * searches
     if not isinstance(setup.source, PreTrainedModel):

@@ -12,7 +12,8 @@ each block were called with. On a CPU it is kept in temporary files, as long as 
 (`calibration/recorded_inputs.py`); of other blocks, and on a GPU, the refit runs the teacher once more.
 
 With `layer_selection="local_search"` the 20 sets of blocks around those of most influence are tried on 256 tokens, which
-takes 7 to 11 forward passes over these of a teacher of 30 blocks, and reads it once more. With "greedy" blocks are removed one
+takes 7 to 11 forward passes over these of a teacher of 30 blocks, and reads it once more; not for a student of less than half
+of the teacher's width. With "greedy" blocks are removed one
 by one, which takes about 2.6 times the teacher's depth in passes over 512 tokens (`calibration/block_selection.py`).
 
 Memory: of activations, for all tokens of a process, the teacher's hidden states after each stack; and while a block is
@@ -34,7 +35,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.basis import fit_activation_bases
-from hf_guide.calibration.block_selection import check_removable, select_blocks
+from hf_guide.calibration.block_selection import check_removable, is_wide_enough, select_blocks
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.cost import calibration_parts
@@ -99,7 +100,7 @@ class CalibratedMethod(InitializationMethod):
     def collect(self, setup: StudentSetup) -> dict[str, list[float]]:
         """Check the student's plan, then run the teacher on the data; return each block's influence by stack."""
         plan = setup.validate_plan()
-        self.stacks = plan.block_mapping
+        self.stacks, self.widths = plan.block_mapping, plan.widths
         if self.config.layer_selection == LayerSelection.GREEDY:
             check_removable(setup, self.stacks)  # an error before the teacher runs
         folder = None if setup.calibration_cache_dir is None else Path(setup.calibration_cache_dir)
@@ -117,12 +118,10 @@ class CalibratedMethod(InitializationMethod):
         self.setup = setup
         return _to_lists(self.calibration.block_scores)
 
-    def reuse(
-        self, calibration: CalibrationResult, setup: StudentSetup, selections: dict[str, BlockSelection] | None = None
-    ) -> None:
-        """Take what another student of the same teacher collected, instead of `collect`; and its search, if there was one."""
-        self.stacks, self.calibration, self.setup = setup.validate_plan().block_mapping, calibration, setup
-        self.searched = selections
+    def reuse(self, calibration: CalibrationResult, setup: StudentSetup) -> None:
+        """Take what another student of the same teacher collected, instead of `collect`; `searched` may be its search."""
+        plan = setup.validate_plan()
+        self.stacks, self.widths, self.calibration, self.setup = plan.block_mapping, plan.widths, calibration, setup
 
     def reselect(self, layers: Mapping[str, Sequence[int]]) -> dict[str, list[float]] | None:
         """Choose the blocks as a set: at first that of a search, and while the config cannot have it the next best one.
@@ -149,6 +148,26 @@ class CalibratedMethod(InitializationMethod):
             calibration.notes += [note] if note not in calibration.notes else []
         return _to_lists(calibration.block_scores) if refused else None
 
+    def searched_stacks(self) -> list[str]:
+        """Return the stacks that lose blocks and whose sets of blocks are compared; note those that are too narrow."""
+        if self.config.layer_selection not in (LayerSelection.LOCAL_SEARCH, LayerSelection.GREEDY):
+            return []
+        calibration, is_greedy = self.calibration, self.config.layer_selection == LayerSelection.GREEDY
+        norms = find_modules(calibration.teacher.model, self.setup.layout).norms.values()
+        axes, found = {ref.stack: ref.axis for ref in norms}, []
+        for stack, influence in sorted(calibration.statistics.block_influence.items()):
+            if len(self.stacks.get(stack, influence)) == len(influence):
+                continue
+            if is_greedy or is_wide_enough(self.widths.get(axes.get(stack) or "")):
+                found.append(stack)
+                continue
+            note = (
+                f"The blocks of greatest influence were kept in {stack.removesuffix('.{block}')}: sets of blocks are compared "
+                "at the teacher's width, of which the student has less than half."
+            )
+            calibration.notes += [note] if note not in calibration.notes else []
+        return found
+
     def _search(self, layers: Mapping[str, Sequence[int]]) -> dict[str, BlockSelection]:
         """Return, by stack that loses blocks, the set that was chosen; not of stacks where no search is possible.
 
@@ -157,10 +176,9 @@ class CalibratedMethod(InitializationMethod):
         """
         calibration, is_greedy = self.calibration, self.config.layer_selection == LayerSelection.GREEDY
         found: dict[str, BlockSelection] = {}
-        for stack, influence in sorted(calibration.statistics.block_influence.items()):
-            count = len(self.stacks.get(stack, influence))
-            if count == len(influence):
-                continue
+        for stack in self.searched_stacks():
+            influence = calibration.statistics.block_influence[stack]
+            count = len(self.stacks[stack])
             by_influence = sorted(layers.get(stack) or top_influence_blocks(influence, count))
             try:
                 found[stack] = select_blocks(calibration, stack, by_influence, self.setup, greedy=is_greedy)

@@ -198,8 +198,9 @@ class CalibratedScorer:
             calibration = dataclasses.replace(calibration, teacher=calibration.teacher.on_first_batches(count))
         setup, layers = self._setup(candidate, calibration)
         method = CalibratedMethod(config)
-        key = json.dumps(layers, sort_keys=True)
-        method.reuse(calibration, setup, self._selections.get(key))
+        method.reuse(calibration, setup)
+        key = json.dumps([layers, method.searched_stacks()], sort_keys=True)
+        method.searched = self._selections.get(key)
         while method.reselect(layers) is not None:
             setup, layers = self._setup(candidate, calibration)
         if method.searched is not None:

@@ -25,6 +25,8 @@ from hf_guide.calibration import block_selection
 from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.output_comparison import divergence
 from hf_guide.calibration.reconstruction import BlockReconstructor
+from hf_guide.modeling import plan_student
+from tests.calibration.small_students import kind_batches
 from tests.calibration.test_output_comparison import teacher_of
 from tests.tiny import KINDS, same_bits
 
@@ -150,6 +152,39 @@ def test_a_set_that_is_hardly_nearer_is_not_taken(monkeypatch: pytest.MonkeyPatc
     (taken, found), (kept, unchanged) = chosen
     assert taken != kept and not unchanged["dropped"] and unchanged["loss"] == unchanged["influence_loss"]
     assert found["influence_loss"] == unchanged["influence_loss"] > found["loss"] > 0.5 * unchanged["loss"]
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize(
+    ("name", "width"), [("llama", "hidden_size"), ("gpt2", "n_embd"), ("bert", "hidden_size"), ("t5", "d_model")]
+)
+def test_sets_are_compared_from_half_of_the_width_on(name: str, width: str) -> None:
+    """A narrower student is that of the most influential blocks, states why, and is estimated without a search."""
+    kind = KINDS[name]
+    for size in (24, 16):
+        overrides = {**kind.smaller, width: size}
+        searched, by_influence = (
+            from_teacher(
+                kind.teacher(),
+                method=EXACT | {"layer_selection": selection},
+                calibration_dataset=kind_batches(kind),
+                show_progress=False,
+                **overrides,
+            )
+            for selection in ("local_search", "block_influence")
+        )
+        report, is_wide = searched.initialization_report, size == 24
+        assert bool(report.calibration.get("exchanged_blocks")) == is_wide
+        assert any("of which the student has less than half" in note for note in report.notes) != is_wide
+        assert is_wide or same_bits(searched, by_influence)
+        estimates = [
+            plan_student(
+                kind.teacher(), method={"method": "calibrated", "layer_selection": each}, **overrides
+            ).estimate
+            for each in ("local_search", "block_influence")
+        ]
+        operations = [sum(sum(part.products.values()) for part in each.parts) for each in estimates]
+        assert (operations[0] > operations[1]) == is_wide
 
 
 def test_blocks_that_change_nothing_are_not_exchanged() -> None:
