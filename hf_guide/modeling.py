@@ -61,6 +61,7 @@ from hf_guide.models.token_rows import attach_tokenizer
 from hf_guide.shapes.search import START_FOLDER, describe_choice, find_shapes, search_folder
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
+from hf_guide.utils.half_precision import without_autocast
 
 P = ParamSpec("P")
 
@@ -69,16 +70,21 @@ DRY_RUN_MIN_PARAMETERS = 300_000_000
 
 
 def on_cpu(make: Callable[P, PreTrainedModel]) -> Callable[P, PreTrainedModel]:
-    """Decorate a function that makes a model: make it on the CPU, then move it to the caller's default device."""
+    """Decorate a function that makes a model: make it on the CPU, then move it to the caller's default device.
+
+    Neither the caller's autocast nor its inference mode has an effect: one would round what is summed, the other make a model
+    that cannot be trained.
+    """
 
     @functools.wraps(make)
     def make_on_cpu(*args: P.args, **kwargs: P.kwargs) -> PreTrainedModel:
         device = torch.get_default_device()
-        if device.type == "cpu":
-            return make(*args, **kwargs)
-        with torch.device("cpu"):
-            student = make(*args, **kwargs)
-        return student.to(device)  # type: ignore[arg-type, no-any-return]
+        with torch.inference_mode(False), without_autocast():
+            if device.type == "cpu":
+                return make(*args, **kwargs)
+            with torch.device("cpu"):
+                student = make(*args, **kwargs)
+            return student.to(device)  # type: ignore[arg-type, no-any-return]
 
     return make_on_cpu
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.calibration.block_weights import BlockWeights, model_without_weights
 from hf_guide.calibration.config import CalibratedConfig, Refit
@@ -73,6 +73,7 @@ def collect_calibration(
     dataset: Any,
     config: CalibratedConfig,
     *,
+    student: PreTrainedConfig | None = None,
     calibration_cache_dir: Path | None = None,
     call: Mapping[str, Any] | None = None,
     show_progress: bool = False,
@@ -86,6 +87,7 @@ def collect_calibration(
         teacher: The opened checkpoint.
         dataset: As `calibration_dataset` of `from_teacher`.
         config: The options.
+        student: The config of the student, which may have fewer positions.
         calibration_cache_dir: A folder where finished parts are saved and continued from.
         call: All else that the student depends on, as JSON values.
         show_progress: Whether to show progress bars.
@@ -106,10 +108,10 @@ def collect_calibration(
         if text is None:
             with contextlib.nullcontext() if weights is None else weights.all_held():
                 text = generate_calibration_text(
-                    model, teacher, config, num_tokens=num_tokens, show_progress=show_progress
+                    model, teacher, config, num_tokens=num_tokens, student=student, show_progress=show_progress
                 )
         dataset = [{"input_ids": rows} for rows in text.split(config.calibration_batch_size)]
-    batches = load_calibration_batches(dataset, model, teacher, config, num_tokens=num_tokens, **hub)
+    batches = load_calibration_batches(dataset, model, teacher, config, num_tokens=num_tokens, student=student, **hub)
     _check_enough_batches(batches)
     checkpoint = None
     if calibration_cache_dir is not None:

@@ -7,7 +7,7 @@ row of tokens, as for training. Batches are kept in memory, because they go thro
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from hf_guide.chat.encoding import ChatEncoder
 from hf_guide.chat.formats import DatasetFormat, RowFormat, detect_format
 from hf_guide.chat.packing import split_packed
 from hf_guide.errors import OptionError, TeacherError
-from hf_guide.models.positions import TextPositions, max_input_tokens, text_positions
+from hf_guide.models.positions import max_input_tokens, text_positions
 from hf_guide.models.pretrained import load_processing_class
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.teachers.processors import num_token_rows
@@ -88,11 +88,13 @@ def load_calibration_batches(
     options: CalibratedConfig,
     *,
     num_tokens: int,
+    student: PreTrainedConfig | None = None,
     **hub: Any,
 ) -> list[Batch]:
     """Return the first `num_tokens` tokens of a dataset as batches for the teacher's forward pass, on the CPU.
 
-    The last example is not cut; rows without a token are skipped.
+    The last example is not cut; rows without a token are skipped. Of rows all columns that the teacher's forward pass takes
+    are kept, as of batches.
 
     Args:
         dataset: Rows or batches; see the module's docstring.
@@ -100,6 +102,7 @@ def load_calibration_batches(
         teacher: The opened checkpoint, whose tokenizer encodes text.
         options: The batch size and length of text.
         num_tokens: The number of tokens.
+        student: The config of the student, which may have fewer positions.
         **hub: Keywords of `from_pretrained` for the tokenizer.
 
     Raises:
@@ -111,14 +114,16 @@ def load_calibration_batches(
     if first is None:
         raise OptionError(f"calibration_dataset is empty: pass {EXPECTED_DATASET}.")
     rows = itertools.chain([first], rows)
-    accepted, positions = inspect.signature(model.forward).parameters, text_positions(model.config)
+    accepted = [name for name in inspect.signature(model.forward).parameters if name != "labels"]
+    configs = [model.config] if student is None else [model.config, student]
+    length = max_text_length(options.calibration_seq_length, *configs)
     batches: list[Batch] = []
     total = 0
-    for columns in _iter_batches(rows, first, teacher, options, hub):
+    for columns in _iter_batches(rows, first, accepted, teacher, options, length, hub):
         batch = {
             name: value.detach().cpu()
             for name, value in columns.items()
-            if isinstance(value, Tensor) and name in accepted and name != "labels"
+            if isinstance(value, Tensor) and name in accepted
         }
         if not batch:
             raise OptionError(
@@ -128,7 +133,9 @@ def load_calibration_batches(
         if not count_tokens(batch, model):
             continue
         batch = _with_decoder_inputs(batch, columns.get("labels"), model)
-        _check_ids(batch, model, positions)
+        _check_ids(batch, model)
+        for config in configs:
+            _check_lengths(batch, config)
         batches.append(_first_tokens(batch, num_tokens - total, model))
         total += count_tokens(batches[-1], model)
         if total >= num_tokens:
@@ -224,27 +231,17 @@ def _shift_labels(labels: Tensor, model: PreTrainedModel) -> Tensor:
         ) from error
 
 
-def _check_ids(batch: Batch, model: PreTrainedModel, positions: TextPositions) -> None:
-    """Raise for ids and positions beyond the teacher's tables: on a GPU they would make the device unusable.
-
-    Args:
-        batch: The batch.
-        model: The teacher.
-        positions: The lengths that its position tables allow.
+def _check_ids(batch: Batch, model: PreTrainedModel) -> None:
+    """Raise for ids beyond the teacher's table: on a GPU they would make the device unusable.
 
     Raises:
-        OptionError: Names the id and the vocabulary, or the length and its limit.
+        OptionError: Names the id and the vocabulary.
     """
-    for name, max_length in (("input_ids", positions.max_tokens), ("decoder_input_ids", positions.max_target_tokens)):
+    for name in ("input_ids", "decoder_input_ids"):
         ids = batch.get(name)
         rows = None if ids is None else num_token_rows(model)
         if rows is None or ids is None:
             continue
-        if max_length is not None and ids.shape[-1] > max_length:
-            raise OptionError(
-                f"calibration_dataset has rows of {ids.shape[-1]} tokens in {name}, and {type(model).__name__} has "
-                f"{max_length} positions for them: cut them."
-            )
         smallest, largest = int(ids.min()), int(ids.max())
         if smallest < 0 or largest >= rows:
             outside = smallest if smallest < 0 else largest
@@ -255,31 +252,54 @@ def _check_ids(batch: Batch, model: PreTrainedModel, positions: TextPositions) -
             )
 
 
+def _check_lengths(batch: Batch, config: PreTrainedConfig) -> None:
+    """Raise for rows beyond the position tables of the teacher, or of the student.
+
+    Raises:
+        OptionError: Names the length and its limit.
+    """
+    positions = text_positions(config)
+    for name, max_length in (("input_ids", positions.max_tokens), ("decoder_input_ids", positions.max_target_tokens)):
+        if name in batch and max_length is not None and batch[name].shape[-1] > max_length:
+            raise OptionError(
+                f"calibration_dataset has rows of {batch[name].shape[-1]} tokens in {name}, and a model of this "
+                f"{type(config).__name__} has {max_length} positions for them: cut them."
+            )
+
+
 def _iter_batches(
-    rows: Iterator[Any], first: Any, teacher: TeacherCheckpoint, options: CalibratedConfig, hub: Mapping[str, Any]
+    rows: Iterator[Any],
+    first: Any,
+    accepted: Sequence[str],
+    teacher: TeacherCheckpoint,
+    options: CalibratedConfig,
+    length: int,
+    hub: Mapping[str, Any],
 ) -> Iterator[Mapping[str, Any]]:
-    size, length = options.calibration_batch_size, max_text_length(options.calibration_seq_length, teacher)
+    size, pad_token = options.calibration_batch_size, _pad_token(teacher)
     if isinstance(first, str):
         return _batches_of_text(_iter_texts(rows), load_teacher_tokenizer(teacher, hub), size, length)
     if not isinstance(first, Mapping):
         raise OptionError(f"calibration_dataset yields a {type(first).__name__}; pass {EXPECTED_DATASET}.")
     if "input_ids" in first:
         if _num_axes(first["input_ids"]) < 2:
-            return _batches_of_ids(_iter_examples(rows), size, _pad_token(teacher))
-        return _batches_as_tensors(rows, "input_ids", lambda rows: _pad_rows(rows, _pad_token(teacher)))
+            return _batches_of_ids(_iter_examples(rows), accepted, size, pad_token)
+        return _batches_as_tensors(rows, "input_ids", accepted, lambda rows: _pad_rows(rows, accepted, pad_token))
     if "pixel_values" in first:
         if _num_axes(first["pixel_values"]) < 4:
-            return _batches_of_images(rows, size)
-        return _batches_as_tensors(rows, "pixel_values", _stack_images)
+            return _batches_of_images(rows, accepted, size, pad_token)
+        return _batches_as_tensors(
+            rows, "pixel_values", accepted, lambda rows: _stack_images(rows, accepted, pad_token)
+        )
     sounds = next((name for name in _SOUND_INPUTS if name in first), None)
     if sounds is not None and not isinstance(first[sounds], Tensor):
-        return _batches_of_sounds(rows, size, sounds)
+        return _batches_of_sounds(rows, sounds, accepted, size, pad_token)
     if any(isinstance(value, Tensor) and value.ndim > 1 for value in first.values()):
         return rows
     data_format = detect_format(list(map(str, first)), first, "calibration_dataset")
     if data_format is not None and data_format.kind is not RowFormat.TEXT:
         encoded = _encode_chat(rows, data_format, load_teacher_tokenizer(teacher, hub), length)
-        return _batches_of_ids(encoded, size, _pad_token(teacher))
+        return _batches_of_ids(encoded, accepted, size, pad_token)
     column = _text_column(first)
     if column is None:
         raise OptionError(
@@ -333,10 +353,10 @@ def _has_text(row: Any) -> bool:
     return isinstance(row, Mapping) and "input_ids" not in row
 
 
-def max_text_length(length: int, teacher: TeacherCheckpoint) -> int:
-    """Return the length of a row of text: `length`, or the number of the teacher's positions if that is less."""
-    limit = max_input_tokens(teacher.config)
-    return length if limit is None else min(length, limit)
+def max_text_length(length: int, *configs: PreTrainedConfig) -> int:
+    """Return the length of a row of text: `length`, or the least number of positions of the models if that is less."""
+    limits = [max_input_tokens(config) for config in configs]
+    return min([length, *(limit for limit in limits if limit is not None)])
 
 
 def _num_axes(value: Any) -> int:
@@ -389,7 +409,7 @@ def _batches_of_text(
     if tokenizer.cls_token_id is not None:
         length = min(length, tokenizer.model_max_length)  # in some families less than the number of positions
         encoded = (tokenizer(text, truncation=True, max_length=length) for text in texts)
-        yield from _batches_of_ids(encoded, size, tokenizer.pad_token_id or 0)
+        yield from _batches_of_ids(encoded, (), size, tokenizer.pad_token_id or 0)
         return
     ids: list[int] = []
     for text in texts:
@@ -434,20 +454,26 @@ def _iter_examples(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, A
             yield row
 
 
-def _batches_of_ids(rows: Iterable[Mapping[str, Any]], size: int, pad_token: int) -> Iterator[Batch]:
+def _batches_of_ids(
+    rows: Iterable[Mapping[str, Any]], accepted: Sequence[str], size: int, pad_token: int
+) -> Iterator[Batch]:
     """Yield batches of those rows that hold a token."""
     filled = (row for row in rows if _is_filled(row, "input_ids"))
     while batch := list(itertools.islice(filled, size)):
-        yield _pad_rows(batch, pad_token)
+        yield _pad_rows(batch, accepted, pad_token)
 
 
-def _batches_of_images(rows: Iterator[Mapping[str, Any]], size: int) -> Iterator[Batch]:
+def _batches_of_images(
+    rows: Iterator[Mapping[str, Any]], accepted: Sequence[str], size: int, pad_token: int
+) -> Iterator[Batch]:
     filled = (row for row in rows if _is_filled(row, "pixel_values"))
     while batch := list(itertools.islice(filled, size)):
-        yield _stack_images(batch)
+        yield _stack_images(batch, accepted, pad_token)
 
 
-def _batches_of_sounds(rows: Iterator[Mapping[str, Any]], size: int, column: str) -> Iterator[Batch]:
+def _batches_of_sounds(
+    rows: Iterator[Mapping[str, Any]], column: str, accepted: Sequence[str], size: int, pad_token: int
+) -> Iterator[Batch]:
     """Yield batches of spectrograms or waveforms, and of their transcripts where they have some.
 
     Raises:
@@ -462,22 +488,24 @@ def _batches_of_sounds(rows: Iterator[Mapping[str, Any]], size: int, column: str
                 f"calibration_dataset has {column} of the shapes {' and '.join(map(str, shapes[:3]))}: they must be the "
                 "same in each row of a batch. Pad or cut them, set calibration_batch_size to 1, or pass batches."
             )
-        made = {column: torch.stack(sounds)}
-        if all(_num_axes(row.get("labels")) == 1 for row in batch):
-            labels = [torch.as_tensor(row["labels"]).long() for row in batch]
-            made["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
-        yield made
+        others = [name for name in accepted if name != column]
+        yield {column: torch.stack(sounds), **_labels(batch), **_other_inputs(batch, others, pad_token)}
 
 
 def _batches_as_tensors(
-    batches: Iterable[Mapping[str, Any]], column: str, join: Callable[[list[dict[str, Any]]], Batch]
+    batches: Iterable[Mapping[str, Any]],
+    column: str,
+    accepted: Sequence[str],
+    join: Callable[[list[dict[str, Any]]], Batch],
 ) -> Iterator[Mapping[str, Any]]:
     """Yield batches of tensors as they are; convert those of lists or arrays, as `datasets` makes them."""
     for batch in batches:
         if isinstance(batch[column], Tensor):
             yield batch
             continue
-        columns = {name: batch[name] for name in (column, "attention_mask", "labels") if name in batch}
+        columns = {
+            name: batch[name] for name in (*accepted, "labels") if _num_axes(batch.get(name)) > 0 or name == column
+        }
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         filled = [row for row in rows if _is_filled(row, column)]
         if filled:
@@ -489,11 +517,11 @@ def _is_filled(row: Mapping[str, Any], column: str) -> bool:
     return _num_axes(value) > 0 and len(value) > 0  # type: ignore[arg-type]
 
 
-def _pad_rows(rows: list[Any], pad_token: int) -> Batch:
-    """Return rows padded on the right, with a mask where there is padding; and their labels, one per token.
+def _pad_rows(rows: list[Any], accepted: Sequence[str], pad_token: int) -> Batch:
+    """Return rows padded on the right, with a mask where there is padding; their labels, one per token; and other inputs.
 
     Raises:
-        OptionError: A row's mask has another length.
+        OptionError: A row's mask has another length, or an input other shapes.
     """
     ids = [torch.as_tensor(row["input_ids"]).long() for row in rows]
     masks = [
@@ -510,14 +538,12 @@ def _pad_rows(rows: list[Any], pad_token: int) -> Batch:
     mask = pad_sequence(masks, batch_first=True)
     if not bool(mask.all()):
         batch["attention_mask"] = mask
-    if all(_num_axes(row.get("labels")) == 1 for row in rows):
-        labels = [torch.as_tensor(row["labels"]).long() for row in rows]
-        batch["labels"] = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)
-    return batch
+    others = [name for name in accepted if name not in ("input_ids", "attention_mask")]
+    return {**batch, **_labels(rows), **_other_inputs(rows, others, pad_token)}
 
 
-def _stack_images(rows: list[Any]) -> Batch:
-    """Return images stacked, (images, channels, height, width).
+def _stack_images(rows: list[Any], accepted: Sequence[str], pad_token: int) -> Batch:
+    """Return images stacked, (images, channels, height, width), and other inputs.
 
     Raises:
         OptionError: They are not images, or of several sizes.
@@ -529,4 +555,47 @@ def _stack_images(rows: list[Any]) -> Batch:
             f"calibration_dataset has pixel_values of the shape {' and '.join(map(str, shapes))}: they must be the "
             "same (channels, height, width) in each row. Use the teacher's image processor."
         )
-    return {"pixel_values": torch.stack(images)}
+    others = [name for name in accepted if name != "pixel_values"]
+    return {"pixel_values": torch.stack(images), **_other_inputs(rows, others, pad_token)}
+
+
+def _labels(rows: list[Any]) -> Batch:
+    """Return the labels of rows that have one for each token, padded; nothing of others."""
+    if not all(_num_axes(row.get("labels")) == 1 for row in rows):
+        return {}
+    labels = [torch.as_tensor(row["labels"]).long() for row in rows]
+    return {"labels": pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)}
+
+
+def _other_inputs(rows: list[Any], names: Iterable[str], pad_token: int) -> Batch:
+    """Return those of the named inputs that rows have: lists of whole numbers padded on the right, all else stacked.
+
+    Token ids are padded with the padding token, and get a mask of their own if they are a decoder's; all else with 0.
+
+    Raises:
+        OptionError: Some rows have an input and others do not, or it has several shapes; names it.
+    """
+    batch: Batch = {}
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if "label" in name or not any(_num_axes(value) > 0 for value in values):
+            continue  # single numbers are labels too, such as where an answer starts
+        tensors = [torch.as_tensor(value) for value in values if _num_axes(value) > 0]
+        shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+        is_sequence = all(tensor.ndim == 1 and not tensor.is_floating_point() for tensor in tensors)
+        if len(tensors) < len(rows) or (len(shapes) > 1 and not is_sequence):
+            found = " and ".join(map(str, shapes[:3])) if len(tensors) == len(rows) else "some rows alone"
+            raise OptionError(
+                f"calibration_dataset has {name} of {found}: all rows of a batch must have it in the same shape. Leave the "
+                "column out, set calibration_batch_size to 1, or pass batches."
+            )
+        if not is_sequence:
+            batch[name] = torch.stack([each.float() if each.is_floating_point() else each for each in tensors])
+            continue
+        padding = pad_token if name.endswith("input_ids") else 0
+        batch[name] = pad_sequence(tensors, batch_first=True, padding_value=padding)
+        if name == "decoder_input_ids" and len(shapes) > 1:
+            batch["decoder_attention_mask"] = pad_sequence(
+                [torch.ones_like(each) for each in tensors], batch_first=True
+            )
+    return batch

@@ -109,8 +109,8 @@ def drop_padding(activations: Tensor, batch: Batch, *, of_decoder: bool = False)
 def held_out_examples(batches: Sequence[Batch]) -> list[Tensor | None]:
     """Return for each of this process's batches which of its examples choose the ridges of fits, (examples,) bool.
 
-    It is every fourth example of all processes, however they are batched. None where there are fewer than four, or a row is
-    not an example: `held_out_rows` then takes a part of each batch.
+    It is every fourth example of all processes that has a token, however they are batched. None where there are fewer than
+    four, or a row is not an example: `held_out_rows` then takes a part of each batch.
 
     Example:
         >>> batches = [{"input_ids": torch.zeros(3, 16)}, {"input_ids": torch.zeros(2, 16)}]
@@ -118,17 +118,25 @@ def held_out_examples(batches: Sequence[Batch]) -> list[Tensor | None]:
         [tensor([False, False, False]), tensor([ True, False])]
     """
     rank, world_size = rank_and_world_size()
-    counts = [num_rows(batch) for batch in batches]
+    filled = [_filled_examples(batch) for batch in batches]
     of_all = torch.zeros(round(all_reduce_scalar(len(batches))), dtype=torch.float64)
-    of_all[rank::world_size] = torch.tensor([count or 0 for count in counts], dtype=torch.float64)
+    of_all[rank::world_size] = torch.tensor([0.0 if each is None else each.sum().item() for each in filled]).double()
     all_reduce_sum_([of_all])  # so that examples have the same number with any number of processes
     if of_all.sum() < HELD_OUT_EVERY:
         return [None] * len(batches)
     masks: list[Tensor | None] = []
-    for start, count in zip((of_all.cumsum(0) - of_all)[rank::world_size].long().tolist(), counts, strict=True):
-        numbers = torch.arange(start, start + (count or 0))
-        masks.append(None if count is None else numbers % HELD_OUT_EVERY == HELD_OUT_EVERY - 1)
+    for start, each in zip((of_all.cumsum(0) - of_all)[rank::world_size].long().tolist(), filled, strict=True):
+        is_last = None if each is None else (start + each.cumsum(0)) % HELD_OUT_EVERY == 0  # of so many in a row
+        masks.append(None if each is None or is_last is None else each & is_last)
     return masks
+
+
+def _filled_examples(batch: Batch) -> Tensor | None:
+    """Return which examples of a batch have a token, (examples,) bool; None where a row is not an example."""
+    count, mask = num_rows(batch), batch.get("attention_mask")
+    if count is None:
+        return None
+    return mask.bool().any(1) if mask is not None and mask.ndim == 2 else torch.ones(count, dtype=torch.bool)
 
 
 def held_out_rows(activations: Tensor, batch: Batch, examples: Tensor | None, *, of_decoder: bool = False) -> Tensor:

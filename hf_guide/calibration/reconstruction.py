@@ -6,6 +6,7 @@ the student's own, so each block corrects the error of those before it. It is ri
 weight: where nothing was lost, nothing changes.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -57,6 +58,9 @@ class FitStep:
     residual_scale: float = 1.0
 
 
+_REPEATED = "it runs more than once in a block, as DeBERTa-v3's projections do on relative positions, with one weight"
+
+
 def fit_order(
     blocks: SequentialBlocks, modules: ModuleMap, stack: str, index: int, fittable: set[str], notes: list[str]
 ) -> list[FitStep]:
@@ -97,16 +101,19 @@ def fit_order(
         for ref in norms:
             handles.append(register_input_hook(ref.module, lambda x, n=ref.name: observed.setdefault(n, x)))  # type: ignore[misc]
         observed[BLOCK_OUTPUT] = blocks.run_block(index, 0, blocks.hidden_states[0])
+    calls = Counter(ref.name for step in steps for ref in step.refs)
     supported = []
     for step in steps:
-        reason = None
-        if step.observed_at is not None:
-            reason = _probe_residual_location(blocks, modules, index, step, observed)
-        note = f"{step.refs[0].match.row.pattern} was not refitted: {reason}."
-        if reason is None:
-            supported.append(step)
-        elif note not in notes:
-            notes.append(note)
+        reasons: dict[str, str] = {}
+        for ref in step.refs:
+            reason = _REPEATED if calls[ref.name] > 1 else None
+            if reason is None and step.observed_at is not None:
+                reason = _probe_residual_location(blocks, modules, index, step, observed)
+            if reason is not None:
+                reasons[ref.name] = f"{ref.match.row.pattern} was not refitted: {reason}."
+        step.refs = [ref for ref in step.refs if ref.name not in reasons]
+        supported += [step] if step.refs else []
+        notes += [note for note in dict.fromkeys(reasons.values()) if note not in notes]
     return supported
 
 

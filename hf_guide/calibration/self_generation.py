@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedConfig, PreTrainedModel
 
 from hf_guide.calibration.config import SELF_GENERATED, CalibratedConfig
 from hf_guide.calibration.data import max_text_length
@@ -26,6 +26,7 @@ def generate_calibration_text(
     options: CalibratedConfig,
     *,
     num_tokens: int,
+    student: PreTrainedConfig | None = None,
     show_progress: bool = False,
 ) -> Tensor:
     """Return at least `num_tokens` tokens, (rows, length), that a causal language model samples.
@@ -43,7 +44,7 @@ def generate_calibration_text(
             f"calibration_dataset={SELF_GENERATED!r} is text that the teacher generates, and {type(model).__name__} "
             "generates none: it must be a causal language model, loaded with its head. Pass a dataset."
         )
-    length = max_text_length(options.calibration_seq_length, teacher)
+    length = max_text_length(options.calibration_seq_length, teacher.config, *([] if student is None else [student]))
     ids = torch.zeros(-(-num_tokens // length), length, dtype=torch.long)
     rank, world_size = rank_and_world_size()
     batches = list(enumerate(ids.split(GENERATION_BATCH_SIZE)))[rank::world_size]

@@ -110,6 +110,7 @@ class CalibratedMethod(InitializationMethod):
             setup.teacher,
             setup.calibration_dataset,
             self.config,
+            student=setup.config,
             calibration_cache_dir=folder,
             call={**call, **setup.identity},
             show_progress=setup.show_progress,

@@ -254,7 +254,10 @@ def _token_mask(task: Task, inputs: Mapping[str, Any], shifted: bool | None, mod
                     f"these labels to {IGNORE_INDEX}."
                 )
         return _next_is_visible(labels != IGNORE_INDEX) if shifted else labels != IGNORE_INDEX
-    if task.row.targets_in_decoder and not shifted:
+    has_decoder = task.row.targets_in_decoder and not shifted
+    if model is not None and task is Task.IMAGE_TEXT_TO_TEXT:  # most are decoders that read the images' embeddings
+        has_decoder = has_decoder and bool(without_adapter(model).config.is_encoder_decoder)
+    if has_decoder:
         attended, ids = inputs.get("decoder_attention_mask"), inputs.get("decoder_input_ids")
     else:
         attended, ids = inputs.get("attention_mask"), inputs.get("input_ids", inputs.get("inputs_embeds"))

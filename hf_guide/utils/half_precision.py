@@ -45,6 +45,22 @@ def multiplies_in(dtype: torch.dtype) -> bool:
 
 
 @contextlib.contextmanager
+def without_autocast() -> Iterator[None]:
+    """Leave the caller's autocast, on the CPU and on the accelerator.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16), without_autocast():
+        ...     (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+        torch.float32
+    """
+    accelerator = torch.accelerator.current_accelerator()
+    with contextlib.ExitStack() as stack:
+        for device in {"cpu", *([] if accelerator is None else [accelerator.type])}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def fast_half_products(model: nn.Module) -> Iterator[None]:
     """Run a model's products in float32 where they are in half precision and the processor has no instructions for it.
 
