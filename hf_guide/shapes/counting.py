@@ -1,12 +1,17 @@
-"""Count the parameters of students from shapes: of thousands by an affine rule, and of one exactly.
+"""Count the parameters of students from shapes: of thousands by a rule, and of one exactly.
 
-Each dimension of each parameter is an affine function of the size fields, whose slopes are found by changing one field at a
-time in a model on the meta device: the number of parameters of any shape is then a sum of products, for all shapes at once.
+Each dimension of each parameter is an affine function of the size fields, and of the size of a head, with and without the
+number of key/value heads as a factor, where that size is the width divided by the number of heads. The slopes are found by
+changing fields in a model on the meta device, those of a head's size first, as only they need several changed at a time. The
+number of parameters of any shape is then a sum of products, for all shapes at once.
 """
 
+import itertools
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -22,8 +27,25 @@ from hf_guide.shapes.fields import ModelProbe, SizeFields, SizeRole
 Sizes = Mapping[str, np.ndarray]
 """For each size field its value in every shape."""
 
-_Dimension = tuple[float, tuple[tuple[str, float], ...]]
-"""A constant, and a slope for each field that the length of a dimension depends on."""
+_Lengths = dict[str, tuple[float, ...]]
+"""For each parameter a number for each of its dimensions: its lengths, or a slope of them."""
+
+
+@dataclass(frozen=True)
+class _Variable:
+    """What the length of a dimension is affine in: the product of some fields, divided by another's."""
+
+    factors: tuple[str, ...]
+    divisor: str | None = None
+
+    def __call__(self, sizes: Mapping[str, Any]) -> Any:
+        """Return its value, of one shape or of an array of each."""
+        product = math.prod(sizes[name] for name in self.factors)
+        return product if self.divisor is None else product / sizes[self.divisor]
+
+
+_Dimension = tuple[float, tuple[tuple[_Variable, float], ...]]
+"""A constant, and a slope for each variable that the length of a dimension depends on."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +105,7 @@ class ParameterCounter:
         for group in self.groups:
             numel = np.full(length, float(group.count))
             for constant, slopes in group.dimensions:
-                numel = numel * (constant + sum(slope * sizes[name] for name, slope in slopes))
+                numel = numel * (constant + sum(slope * variable(sizes) for variable, slope in slopes))
             if group.depth is not None:
                 numel = numel * sizes[group.depth] / self.depth_sizes[group.depth]
             total += numel
@@ -138,8 +160,10 @@ def _group_parameters(probe: ModelProbe, fields: SizeFields) -> list[_Group]:
     base = probe.build(kept)
     if base is None:
         raise LayoutError(f"No {probe.model_class.__name__} can be built with {kept}, the teacher's own sizes.")
-    slopes = {
-        each.name: _slopes(probe, kept, fields.moved_by(each), each.size, base[1])
+    sizes = {each.name: each.size for each in fields.fields}
+    slopes = _head_slopes(probe, kept, fields, base[1])
+    slopes |= {
+        _Variable((each.name,)): _slopes(probe, kept, fields.moved_by(each), sizes, base[1], slopes)
         for each in fields.fields
         if each.role is not SizeRole.DEPTH and not fields.follows(each)
     }
@@ -155,9 +179,8 @@ def _group_parameters(probe: ModelProbe, fields: SizeFields) -> list[_Group]:
             depth = None
         dimensions = []
         for dim, length in enumerate(parameter.shape):
-            found = tuple((field, by_name[name][dim]) for field, by_name in slopes.items() if by_name[name][dim])
-            sizes = {each.name: each.size for each in fields.fields}
-            constant = length - sum(slope * sizes[field] for field, slope in found)
+            found = tuple((each, by_name[name][dim]) for each, by_name in slopes.items() if by_name[name][dim])
+            constant = length - sum(slope * variable(sizes) for variable, slope in found)
             dimensions.append((constant, found))
         is_expert, is_lookup = _kind_of(layout, relative)
         groups[(depth, tuple(dimensions), is_expert, is_lookup, parameter is head)] += 1
@@ -176,28 +199,133 @@ def _without_index(name: str, fields: SizeFields) -> str:
     return f"{before}{prefix}{rest.partition('.')[2]}"
 
 
+def _head_slopes(
+    probe: ModelProbe, kept: Mapping[str, int], fields: SizeFields, base: PreTrainedModel
+) -> dict[_Variable, _Lengths]:
+    """Return the slopes in the size of a head, and in that times the number of key/value heads, where it follows the width.
+
+    With the width and the number of heads both changed, what is affine in each of them cancels in a mixed difference, and only
+    multiples of the size of a head are left. Whether the factor is the number of key/value heads, that difference says at
+    another number of them.
+    """
+    width, groups = fields.main(SizeRole.WIDTH), fields.main(SizeRole.KEY_VALUE_HEADS)
+    slopes: dict[_Variable, _Lengths] = {}
+    if not fields.heads_follow_width or width is None:
+        return slopes
+    wider = dict.fromkeys(fields.moved_by(width), 2 * width.size)
+    for heads in fields.of(SizeRole.HEADS):
+        mixed = None
+        for number in (each for each in _other_values(heads.size) if width.size % each == 0):
+            mixed = _mixed_difference(probe, kept, wider, {heads.name: number}, base)
+            if mixed is not None:
+                break
+        if mixed is None:
+            continue
+        unit = width.size / number - width.size / heads.size  # the mixed difference of the size of a head itself
+        multiples = {name: tuple(each / unit for each in lengths) for name, lengths in mixed.items()}
+        in_groups = {name: (0.0,) * len(lengths) for name, lengths in multiples.items()}
+        for other in _other_values(groups.size) if groups is not None and _any(multiples) else ():
+            assert groups is not None
+            moved = _mixed_difference(probe, {**kept, groups.name: other}, wider, {heads.name: number}, base)
+            if moved is not None:
+                step = unit * (other - groups.size)
+                in_groups = {
+                    name: tuple((new - old) / step for new, old in zip(moved[name], mixed[name], strict=True))
+                    for name in mixed
+                }
+                break
+        size = groups.size if groups is not None else 0
+        alone = {
+            name: tuple(whole - size * part for whole, part in zip(multiples[name], in_groups[name], strict=True))
+            for name in multiples
+        }
+        if _any(alone):
+            slopes[_Variable((width.name,), heads.name)] = alone
+        if groups is not None and _any(in_groups):
+            slopes[_Variable((width.name, groups.name), heads.name)] = in_groups
+    return slopes
+
+
+def _mixed_difference(
+    probe: ModelProbe,
+    kept: Mapping[str, int],
+    first: Mapping[str, int],
+    second: Mapping[str, int],
+    base: PreTrainedModel,
+) -> _Lengths | None:
+    """Return how much more lengths change with two changes than with each alone; None where one makes no such model."""
+    corners = []
+    for changes in ({**first, **second}, first, second, {}):
+        built = probe.build({**kept, **changes})
+        lengths = None if built is None else _lengths(built[1])
+        if lengths is None or lengths.keys() != _lengths(base).keys():
+            return None
+        corners.append(lengths)
+    both, one, other, neither = corners
+    return {
+        name: tuple(
+            a - b - c + d for a, b, c, d in zip(both[name], one[name], other[name], neither[name], strict=True)
+        )
+        for name in both
+    }
+
+
+def _lengths(model: PreTrainedModel) -> _Lengths:
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _any(lengths: _Lengths) -> bool:
+    return any(itertools.chain.from_iterable(lengths.values()))
+
+
+def _other_values(size: int) -> list[int]:
+    """Return other values of a field, whole fractions first, which divide what the teacher's own divides."""
+    return [
+        *(size // divisor for divisor in (2, 3, 5) if size % divisor == 0),
+        *([size - 1] if size > 1 else []),
+        2 * size,
+    ]
+
+
 def _slopes(
-    probe: ModelProbe, kept: Mapping[str, int], names: list[str], size: int, base: PreTrainedModel
-) -> dict[str, list[float]]:
+    probe: ModelProbe,
+    kept: Mapping[str, int],
+    names: list[str],
+    sizes: Mapping[str, int],
+    base: PreTrainedModel,
+    known: Mapping[_Variable, _Lengths],
+) -> _Lengths:
     """Return, by parameter, the slope of each dimension in one field, and in those that are always equal to it.
+
+    Args:
+        probe: Builds the models.
+        kept: Overrides of every one of them.
+        names: The fields.
+        sizes: The teacher's size of every field.
+        base: The model of these.
+        known: Slopes in other variables, whose part of a change is not the field's own.
 
     Raises:
         LayoutError: No other value of the field makes a model with the same parameters.
     """
-    shapes = {each: tuple(parameter.shape) for each, parameter in base.named_parameters()}
-    divided = [size // divisor for divisor in (2, 3, 5) if size % divisor == 0]
-    for other in (*divided, size - 1, 2 * size):
-        built = probe.build({**kept, **dict.fromkeys(names, other)}) if other >= 1 else None
+    lengths, size = _lengths(base), sizes[names[0]]
+    for other in _other_values(size):
+        built = probe.build({**kept, **dict.fromkeys(names, other)})
         if built is None:
             continue
-        changed = {each: tuple(parameter.shape) for each, parameter in built[1].named_parameters()}
-        if changed.keys() == shapes.keys():
+        changed = _lengths(built[1])
+        if changed.keys() == lengths.keys():
+            moved = {**sizes, **dict.fromkeys(names, other)}
+            steps = [(variable(moved) - variable(sizes), by_name) for variable, by_name in known.items()]
             return {
-                each: [(new - old) / (other - size) for old, new in zip(shapes[each], changed[each], strict=True)]
-                for each in shapes
+                name: tuple(
+                    (new - old - sum(step * by_name[name][dim] for step, by_name in steps)) / (other - size)
+                    for dim, (old, new) in enumerate(zip(lengths[name], changed[name], strict=True))
+                )
+                for name in lengths
             }
     if size == 1:  # it cannot be smaller
-        return {each: [0.0] * len(shape) for each, shape in shapes.items()}
+        return {name: (0.0,) * len(each) for name, each in lengths.items()}
     raise LayoutError(
         f"How the parameters of {probe.model_class.__name__} depend on {names[0]} could not be found, so its shapes cannot be "
         "enumerated for a budget. Pass the sizes themselves."

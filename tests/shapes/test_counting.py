@@ -1,0 +1,94 @@
+"""The number of parameters that the rule gives a shape is that of its model, for every family and every shape of the grid."""
+
+import numpy as np
+import pytest
+import transformers
+
+from hf_guide import find_shapes
+from hf_guide.shapes.counting import ParameterCounter
+from hf_guide.shapes.enumeration import ShapeEnumerator
+from hf_guide.shapes.fields import ModelProbe, SizeRole, find_size_fields
+from hf_guide.teachers.checkpoint import open_teacher
+from tests.invariants.case import Case, build
+from tests.invariants.cases import CASES
+from tests.shapes.test_families import REFUSED
+
+SAMPLE = 5
+"""Shapes of a family that are built."""
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 32,
+}
+GROUPED = {
+    name: {"pad_token_id": 0} if name == "Phi3ForCausalLM" else {}
+    for name in ("Qwen2", "Phi", "Phi3", "Olmo", "Olmo2", "Cohere", "Starcoder2", "Llama", "Mistral")
+    for name in (f"{name}ForCausalLM",)
+}
+"""Families with a number of key/value heads; the last two have a field for the size of a head as well."""
+
+
+def counted_and_built(model, fixed=(), sample=SAMPLE):
+    """Return, of a sample of the grid, the numbers of parameters by the rule and of the models, and the sizes."""
+    teacher = open_teacher(model)
+    probe = ModelProbe(teacher, teacher.model_class)
+    fields = find_size_fields(probe)
+    counter = ParameterCounter(probe, fields)
+    fixed = dict(fixed)
+    grid = ShapeEnumerator(fields, counter, fixed, fixed, 4, 0)._grid()
+    kept = np.ones(len(next(iter(grid.values()))), dtype=bool)
+    for each in fields.of(SizeRole.DEPTH):  # blocks of several kinds count as their average
+        kept &= grid[each.name] == each.size
+    widths = fields.of(SizeRole.WIDTH)
+    for first, second in ((a, b) for a in widths for b in widths if a.size != b.size):
+        kept &= (
+            grid[first.name] != grid[second.name]
+        )  # a projection between two widths is left out where they are equal
+    places = np.flatnonzero(kept)
+    places = places[np.linspace(0, len(places) - 1, min(sample, len(places))).astype(int)]
+    counts = counter.count(grid).parameters
+    for place in places:
+        sizes = {name: int(values[place]) for name, values in grid.items()}
+        built = probe.build({**fields.kept, **sizes})
+        if built is not None:
+            yield counts[place], built[1].num_parameters(), sizes
+
+
+def check(counts):
+    counts = list(counts)
+    assert counts
+    for counted, built, sizes in counts:
+        assert counted == pytest.approx(built, rel=1e-12), sizes
+
+
+@pytest.mark.sampled(6)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_rule_counts_the_parameters_of_every_family(case: Case) -> None:
+    if case.family in REFUSED or str(case) in REFUSED:
+        pytest.skip("shapes of this family are not enumerated")
+    check(counted_and_built(build(case, case.big)))
+
+
+@pytest.mark.sampled(8)
+@pytest.mark.parametrize("groups", [8, 4, 2, 1])
+@pytest.mark.parametrize("name", GROUPED)
+def test_the_rule_counts_key_value_heads_of_every_grouping(name, groups):
+    model_class = getattr(transformers, name)
+    model = model_class(model_class.config_class(**SIZES, **GROUPED[name], num_key_value_heads=groups))
+    check(counted_and_built(model))
+    check(counted_and_built(model, {"num_attention_heads": 4, "num_key_value_heads": min(groups, 2)}, sample=3))
+
+
+def test_the_best_shape_of_a_family_without_a_head_size_is_found():
+    config = transformers.Qwen2Config(
+        **{**SIZES, "vocab_size": 256, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8},
+        num_key_value_heads=8,
+    )
+    teacher = transformers.Qwen2ForCausalLM(config)
+    best = find_shapes(teacher, num_parameters="15%", limit=1, show_progress=False)[0]
+    assert (best.width, best.depth, best.sizes["intermediate_size"], best.parameters) == (192, 3, 256, 986_112)
+    assert best.rule_score == pytest.approx(3.375, abs=1e-3)
