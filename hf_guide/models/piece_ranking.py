@@ -5,10 +5,13 @@ Does not: read texts, or change a tokenizer (`tokenizer_reduction` does).
 """
 
 import heapq
+import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from tokenizers import Tokenizer
 
 from hf_guide.errors import VocabularyError
 
@@ -22,8 +25,8 @@ class PieceRanking:
     """The order in which pieces are removed from a vocabulary; each size keeps a subset of what a larger size keeps.
 
     Attributes:
-        required: Ids that are always kept: special and added tokens, bytes or characters, so that every text that the
-            tokenizer could encode still is.
+        required: Ids that are always kept: special and added tokens, bytes, and characters that bytes do not replace, so that
+            every text that the tokenizer could encode still is, and decodes to the same.
         removal_order: All other ids, the one that is removed first in front.
     """
 
@@ -64,7 +67,7 @@ def rank_pieces(spec: Mapping[str, Any], counts: Mapping[int, float], required: 
     Raises:
         VocabularyError: A model other than BPE, Unigram or WordPiece.
     """
-    rules, ids = _rules_of(spec["model"])
+    rules, ids = _rules_of(spec)
     added = {token["content"]: token["id"] for token in spec.get("added_tokens", ())}
     names = {index: piece for piece, index in ids.items()}
     protected = {*added, *rules.required, *(names[index] for index in required if index in names)}
@@ -93,7 +96,7 @@ def replacements(spec: Mapping[str, Any], kept_ids: Collection[int]) -> dict[int
         >>> replacements({"model": model}, [0, 1])
         {2: (0, 1), 3: (0, 1, 0)}
     """
-    rules, ids = _rules_of(spec["model"])
+    rules, ids = _rules_of(spec)
     added = {token["id"] for token in spec.get("added_tokens", ())}
     kept_set = set(kept_ids)
     kept = {piece for piece, index in ids.items() if index in kept_set}
@@ -108,18 +111,23 @@ def replacements(spec: Mapping[str, Any], kept_ids: Collection[int]) -> dict[int
     return {index: found for index, found in replaced.items() if found is not None}
 
 
-def _rules_of(model: Mapping[str, Any]) -> "tuple[_Rules, Mapping[str, int]]":
+def _rules_of(spec: Mapping[str, Any]) -> "tuple[_Rules, Mapping[str, int]]":
     """Return how a tokenizer's model encodes removed pieces, and the id of each piece.
 
     Raises:
         VocabularyError: A model other than BPE, Unigram or WordPiece.
     """
+    model = spec["model"]
     if model.get("type") not in SUPPORTED_MODELS:
         raise VocabularyError(
             f"The tokenizer's model is {model.get('type')!r}; a vocabulary can be reduced of {', '.join(SUPPORTED_MODELS)}. "
             "Leave vocab_size at the teacher's."
         )
-    rules: _Rules = {"BPE": _MergeRules, "Unigram": _UnigramRules, "WordPiece": _WordPieceRules}[model["type"]](model)
+    rules: _Rules
+    if model["type"] == "WordPiece":
+        rules = _WordPieceRules(model)
+    else:
+        rules = {"BPE": _MergeRules, "Unigram": _UnigramRules}[model["type"]](model, _ByteFallback(spec))
     return rules, {piece: i for i, piece in enumerate(rules.pieces)} if model["type"] == "Unigram" else model["vocab"]
 
 
@@ -191,16 +199,47 @@ def byte_pieces(text: str) -> list[str]:
     return [f"<0x{byte:02X}>" for byte in text.encode("utf-8", "surrogatepass")]
 
 
-def _fallback_pieces(model: Mapping[str, Any], pieces: Collection[str]) -> set[str]:
-    """Return the 256 byte pieces of a model with byte fallback; empty without it, or where some are missing."""
-    every_byte = {f"<0x{byte:02X}>" for byte in range(256)}
-    return every_byte if model.get("byte_fallback") and every_byte <= set(pieces) else set()
+class _ByteFallback:
+    """The bytes by which a model encodes characters that it has no piece of.
+
+    Bytes stand for a character only where the decoder makes the same text of them. It often maps characters before it joins
+    bytes: "▁" becomes a space as a piece, and stays itself as three bytes.
+
+    Attributes:
+        pieces: All 256 of them; empty without byte fallback, or where some are missing.
+    """
+
+    def __init__(self, spec: Mapping[str, Any]):
+        model = spec["model"]
+        names = (entry[0] for entry in model["vocab"]) if model["type"] == "Unigram" else model["vocab"]
+        every_byte = {f"<0x{byte:02X}>" for byte in range(256)}
+        self.pieces = every_byte if model.get("byte_fallback") and every_byte <= set(names) else set()
+        self._decoder: Any = None
+        self._found: dict[str, bool] = {}
+        if self.pieces:
+            # Only the decoder is read, without the time that a large model takes to load.
+            parts: dict[str, Any] = {"version": "1.0", "added_tokens": [], "decoder": spec.get("decoder")}
+            unused = {
+                name: None for name in ("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor")
+            }
+            empty = {"type": "BPE", "vocab": {}, "merges": []}
+            self._decoder = Tokenizer.from_str(json.dumps({**parts, **unused, "model": empty})).decoder
+
+    def replaces(self, symbol: str) -> bool:
+        """Return whether the bytes of a symbol decode to the same text, wherever it is."""
+        if self._decoder is None:
+            return False
+        if symbol not in self._found:
+            # A decoder may treat the first and the last piece unlike others.
+            texts = [self._decoder.decode([*each, "a", *each, "a", *each]) for each in ([symbol], byte_pieces(symbol))]
+            self._found[symbol] = texts[0] == texts[1]
+        return self._found[symbol]
 
 
 class _MergeRules(_Rules):
     """BPE: a piece is replaced by the two that it is merged from, a character by its bytes."""
 
-    def __init__(self, model: Mapping[str, Any]):
+    def __init__(self, model: Mapping[str, Any], fallback: _ByteFallback):
         if model.get("continuing_subword_prefix"):
             raise VocabularyError(
                 f"The tokenizer merges pieces with the prefix {model['continuing_subword_prefix']!r}, of which a vocabulary "
@@ -208,9 +247,9 @@ class _MergeRules(_Rules):
             )
         self.pieces = list(model["vocab"])
         self._suffix = model.get("end_of_word_suffix") or ""
-        self._bytes = _fallback_pieces(model, self.pieces)
+        self._known, self._fallback = frozenset(self.pieces), fallback
         self.required = {model["unk_token"]} if model.get("unk_token") else set()
-        self.required |= self._bytes
+        self.required |= fallback.pieces
         self._ranks = {pair: rank for rank, pair in reversed(list(enumerate(map(merge_pair, model["merges"]))))}
         by_result: dict[str, list[tuple[str, str]]] = defaultdict(list)
         for pair in self._ranks:
@@ -236,7 +275,12 @@ class _MergeRules(_Rules):
         return last if len(symbols) == 2 and last in self._ranks else None
 
     def can_be_replaced(self, piece: str) -> bool:
-        return len(_characters(piece, self._suffix)) > 1 or bool(self._bytes)
+        symbols = _characters(piece, self._suffix)
+        if len(symbols) < 2:
+            return self._fallback.replaces(piece)
+        return not self._fallback.pieces or all(
+            symbol in self._known or self._fallback.replaces(symbol) for symbol in symbols
+        )
 
     def replacement(self, piece: str, kept: Collection[str]) -> Sequence[str]:
         return self.parts(piece) or byte_pieces(piece)
@@ -267,19 +311,21 @@ def _characters(piece: str, suffix: str) -> list[str]:
 class _UnigramRules(_Rules):
     """Unigram: a piece is replaced by the likeliest segmentation of its text."""
 
-    def __init__(self, model: Mapping[str, Any]):
+    def __init__(self, model: Mapping[str, Any], fallback: _ByteFallback):
         self._scores = {piece: float(score) for piece, score in model["vocab"]}
         self.pieces = [piece for piece, _ in model["vocab"]]
-        self._bytes = _fallback_pieces(model, self.pieces)
+        self._fallback = fallback
         lowest = min(self.pieces, key=self._scores.__getitem__)
         # The score of an unknown character follows from the lowest one, which must not change.
-        self.required = {lowest, *self._bytes}
+        self.required = {lowest, *fallback.pieces}
         if model.get("unk_id") is not None:
             self.required.add(self.pieces[model["unk_id"]])
         self._unknown = self._scores[lowest] - _UNKNOWN_PENALTY
 
     def can_be_replaced(self, piece: str) -> bool:
-        return bool(self._bytes) or (len(piece) > 1 and all(character in self._scores for character in piece))
+        if len(piece) == 1:
+            return self._fallback.replaces(piece)
+        return all(character in self._scores or self._fallback.replaces(character) for character in piece)
 
     def replacement(self, piece: str, kept: Collection[str]) -> Sequence[str]:
         best: list[tuple[float, list[str]]] = [(0.0, [])]

@@ -122,6 +122,70 @@ def test_every_text_still_encodes(case):
             assert reduced.unk_token_id not in new
 
 
+WRITTEN = [
+    *(
+        "hello world",
+        " a space before",
+        "   three",
+        "two  spaces   three ",
+        "ends in spaces  ",
+        " ",
+        "   ",
+        "a\nb\n\nc",
+        "\ta\t b",
+    ),
+    *(
+        "a file \N{SLIGHTLY SMILING FACE}\N{WOMAN}\u200d\N{WOMAN} 5 \N{EURO SIGN}",
+        "e\u0301te\u0301 a\u0308",
+        "日本 語 中文",
+    ),
+    *("don't . stop , it 's", "x_y __z__ ▁ ▁▁a", "## a ##b <0x41>"),
+]
+WITHOUT_SPACES = {"a word": ["the"], "words": ["thestudent", "teacher"], "Chinese": ["学生模型", "教師"]}
+
+
+@pytest.mark.parametrize("chosen", ["text", *WITHOUT_SPACES])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_text_decodes_as_with_all_pieces(name, chosen, tmp_path):
+    KINDS[name].make().save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    reducer = VocabularyReducer(tokenizer, WITHOUT_SPACES.get(chosen, CHOSEN))
+    for size in (reducer.min_size, (reducer.min_size + reducer.max_size) // 2):
+        reduced = reducer.reduce(size).tokenizer
+        for text in WRITTEN:
+            ids = [each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, reduced)]
+            assert reduced.decode(ids[1]) == tokenizer.decode(ids[0]), (size, text)
+
+
+BYTE_PIECES = {f"<0x{byte:02X}>": byte for byte in range(256)}
+REPLACE = {"type": "Replace", "pattern": {"String": "_"}, "content": " "}
+FALLBACK = {"type": "ByteFallback"}
+
+
+@pytest.mark.parametrize(
+    ("parts", "kept"),
+    [
+        ([FALLBACK], set()),
+        ([REPLACE, FALLBACK], {"_"}),
+        ([FALLBACK, {"type": "Fuse"}, REPLACE], set()),  # it maps the character of joined bytes, too
+        ([{**REPLACE, "pattern": {"Regex": "[_é]"}}, FALLBACK], {"_", "é"}),
+        ([FALLBACK, {"type": "Metaspace", "replacement": "_", "prepend_scheme": "never", "split": True}], set()),
+        ([REPLACE], {"_", "é", "b"}),  # bytes are not joined
+    ],
+    ids=["nothing", "a replacement", "a later replacement", "an expression", "Metaspace", "no bytes"],
+)
+@pytest.mark.parametrize("kind", ["BPE", "Unigram"])
+def test_characters_that_the_decoder_maps_before_it_joins_bytes_are_kept(kind, parts, kept):
+    pieces = [*BYTE_PIECES, "<unk>", "_", "é", "b", "_b"]
+    model = {"type": kind, "byte_fallback": True, "vocab": {piece: index for index, piece in enumerate(pieces)}}
+    model |= {"merges": [["_", "b"]], "unk_token": "<unk>"}
+    if kind == "Unigram":
+        scores = [-9.0 if piece == "<unk>" else -1.0 for piece in pieces]
+        model = {**model, "unk_id": 256, "vocab": [list(each) for each in zip(pieces, scores, strict=True)]}
+    ranking = rank_pieces({"model": model, "decoder": {"type": "Sequence", "decoders": parts}}, {})
+    assert {pieces[index] for index in ranking.required} == {*BYTE_PIECES, "<unk>", *kept}
+
+
 def test_every_kept_piece_of_merges_is_reached(case):
     _, _, tokenizer, _, reduced, _ = case
     spec, whole = tokenizer_spec(reduced), tokenizer_spec(tokenizer)
