@@ -24,6 +24,7 @@ from hf_guide.initialization.student_shape import (
     resolve_config,
     resolve_dtype,
     resolve_student,
+    vocab_row_indices,
 )
 from hf_guide.methods.calibrated import CalibratedMethod
 from hf_guide.shapes.budget import Budget
@@ -315,7 +316,7 @@ def find_shapes(
         )
     if search_steps is not None:
         search_steps = check_integer("search_steps", search_steps)
-    files = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
+    files: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
     code = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
     checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
     budget = Budget.parse(
@@ -326,19 +327,25 @@ def find_shapes(
     keywords = inspect.signature(find_shapes).parameters
 
     def search_of(teacher_of_tokens: TeacherCheckpoint, chosen: Mapping[str, Any], dataset: Any) -> ShapeSearch:
+        sizes = {**overrides, **chosen}
+        config = teacher_of_tokens.config
+        if sizes.get("vocab_size") not in (None, getattr(config, "vocab_size", None)):  # it differs in padded rows
+            check_requested_sizes(config, sizes)
+            config = derive_student_config(config, {"vocab_size": sizes["vocab_size"]}, keywords=keywords)
         setup = StudentSetup(
             teacher=teacher_of_tokens,
             source=teacher,
             model_class=resolve_class(teacher_of_tokens, teacher_of_tokens.config, model_class),
-            config=teacher_of_tokens.config,
+            config=config,
             dtype=resolve_dtype(dtype, teacher_of_tokens),
             options=initializer.plan_options(),
+            vocab_indices=vocab_row_indices(teacher_of_tokens, config, gguf_file=gguf_file, **files),
             calibration_dataset=dataset,
             calibration_cache_dir=calibration_cache_dir,
             hub={**files, **code},
             show_progress=show_progress,
         )
-        return ShapeSearch(setup, budget, {**overrides, **chosen}, initializer, keywords, limit, search_steps)
+        return ShapeSearch(setup, budget, sizes, initializer, keywords, limit, search_steps)
 
     tokens: dict[str, int] = {}
     if overrides.get("vocab_size") == AUTO:

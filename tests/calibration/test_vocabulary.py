@@ -274,6 +274,20 @@ def test_the_vocabulary_with_the_fewest_bits_per_byte_is_taken(llama, monkeypatc
     assert "vocab_size=468" in student.initialization_report.shape_choice
 
 
+@pytest.mark.parametrize("size", [702, 706, "auto"], ids=["no padded rows", "fewer of them", "auto"])
+def test_a_search_takes_a_size_that_differs_in_padded_rows_alone(llama, monkeypatch, size):
+    teacher, tokenizer, folder = llama
+    assert teacher.config.vocab_size == 710 and len(tokenizer) == 702
+    # The largest vocabulary is the best, which leaves out padded rows alone.
+    monkeypatch.setattr(CalibratedScorer, "bits_per_byte", lambda scorer, candidate, tokenizer: -len(tokenizer))
+    monkeypatch.setitem(find_shapes.__kwdefaults__, "limit", 2)
+    data = {"method": {"method": "calibrated", **SMALL_DATA}, "calibration_dataset": CHOSEN}
+    student = from_teacher(folder, vocab_size=size, num_parameters="50%", show_progress=False, **data)
+    assert student.config.vocab_size == (702 if size == "auto" else size)
+    assert abs(student.num_parameters() / teacher.num_parameters() - 0.5) < 0.01
+    assert attached_tokenizer(student) is None and not student.initialization_report.vocabulary
+
+
 def test_bits_per_byte_are_the_loss_of_the_text_by_its_bytes(llama, monkeypatch):
     scorer = CalibratedScorer.__new__(CalibratedScorer)
     scorer.held_out = [{"input_ids": torch.tensor([llama[1]("a family é", add_special_tokens=False)["input_ids"]])}]
