@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_guide.calibration.data import is_self_generated, iter_texts
+from hf_guide.calibration.data import iter_texts
 from hf_guide.errors import OptionError, VocabularyError
 from hf_guide.initialization.generation_config import load_generation_config
 from hf_guide.initialization.tokenizer_change import OtherVocabulary, change_tokenizer, own_tokenizer
@@ -274,11 +274,12 @@ def vocabulary_reducer(
         tokenizer = own_tokenizer(teacher, **hub, **({} if gguf_file is None else {"gguf_file": gguf_file}))
     if tokenizer is None:
         raise VocabularyError(f"The teacher {teacher.name} has no tokenizer, of which a vocabulary could be reduced.")
-    if is_self_generated(dataset) or isinstance(dataset, Iterator):
-        found = repr(dataset) if isinstance(dataset, str) else f"a {type(dataset).__name__}, which is read once"
+    if isinstance(dataset, (str, bytes, Mapping, Iterator)) or not isinstance(dataset, Iterable):
+        found = repr(dataset) if dataset is None or isinstance(dataset, str) else f"a {type(dataset).__name__}"
+        once = ", which is read once" if isinstance(dataset, Iterator) else ""
         raise OptionError(
             "The pieces of a smaller vocabulary are chosen by all texts of calibration_dataset; it must be a list of texts or "
-            f"a datasets dataset, found {found}."
+            f"a datasets dataset, found {found}{once}."
         )
     generation = load_generation_config(source, **hub, revision=teacher.revision)
     required = set().union(
