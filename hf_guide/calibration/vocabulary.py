@@ -230,6 +230,10 @@ def change_vocabulary(
             "vocab_size='auto' is chosen with the shape: set num_parameters=, active_parameters= or memory=, or a number."
         )
     teacher_size = getattr(teacher.config, "vocab_size", None)
+    if size is not None and isinstance(teacher_size, int) and (isinstance(size, bool) or not isinstance(size, int)):
+        raise OptionError(
+            f"vocab_size must be a whole number, or 'auto' with a budget; found {size!r} ({type(size).__name__}). Pass an int."
+        )
     if dataset is None or not isinstance(size, int) or not isinstance(teacher_size, int) or size >= teacher_size:
         return teacher, config, None
     tokenizer = own_tokenizer(teacher, **hub, **file)

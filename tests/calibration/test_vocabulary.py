@@ -379,6 +379,15 @@ def test_what_cannot_choose_a_vocabulary_is_refused(llama, dataset, overrides, e
         from_teacher(llama[2], calibration_dataset=dataset, show_progress=False, **overrides)
 
 
+@pytest.mark.parametrize("size", [400.0, "400", True, "Auto"])
+@pytest.mark.parametrize("options", [{}, {"num_parameters": "50%"}], ids=["sizes", "budget"])
+def test_a_size_of_another_type_is_refused_by_its_name(llama, size, options):
+    options = {"method": "guide", "show_progress": False, **options}
+    for dataset in (CHOSEN, None):
+        with pytest.raises(OptionError, match=f"vocab_size must be a whole number, .* found {size!r} "):
+            from_teacher(llama[2], vocab_size=size, calibration_dataset=dataset, **options)
+
+
 def test_tokenizers_of_other_kinds_are_refused():
     with pytest.raises(VocabularyError, match="must be a fast tokenizer"):
         tokenizer_spec(object())
