@@ -316,7 +316,12 @@ def find_shapes(
         )
     if search_steps is not None:
         search_steps = check_integer("search_steps", search_steps)
-    files: dict[str, Any] = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
+    files: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "subfolder": subfolder,
+    }
     code = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
     checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
     budget = Budget.parse(
