@@ -147,7 +147,9 @@ class CalibratedScorer:
 
     def bits_per_byte(self, candidate: ShapeCandidate, tokenizer: PreTrainedTokenizerBase) -> float:
         """Return the bits that a causal model's quick start needs for a byte of the text held out."""
-        rows = [row["input_ids"].flatten()[1:] for row in self.held_out]
+        masks = [row.get("attention_mask", torch.ones_like(row["input_ids"])).bool() for row in self.held_out]
+        # The loss is a mean over these tokens: without padding and the first one, which nothing predicts.
+        rows = [row["input_ids"][mask][1:] for row, mask in zip(self.held_out, masks, strict=True)]
         num_bytes = sum(len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode()) for ids in rows)
         return self._losses(candidate, quick=True)[0] * sum(map(len, rows)) / max(num_bytes, 1) / math.log(2)
 

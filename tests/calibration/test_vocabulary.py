@@ -296,6 +296,25 @@ def test_bits_per_byte_are_the_loss_of_the_text_by_its_bytes(llama, monkeypatch)
     assert scorer.bits_per_byte(None, llama[1]) == pytest.approx(len(ids) / len(llama[1].decode(ids).encode()))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("length", [0, 5])
+def test_bits_per_byte_do_not_depend_on_padding(llama, monkeypatch, side, length):
+    scorer = CalibratedScorer.__new__(CalibratedScorer)
+    monkeypatch.setattr(scorer, "_losses", lambda candidate, quick: [math.log(2)])
+    encoded = [llama[1](text, add_special_tokens=False)["input_ids"] for text in ("a family é", "the model of a file")]
+    scorer.held_out = [{"input_ids": torch.tensor([ids])} for ids in encoded]
+    expected = scorer.bits_per_byte(None, llama[1])
+    longest = length + max(map(len, encoded))
+    scorer.held_out = []
+    for ids in encoded:
+        missing, ones = longest - len(ids), [1] * len(ids)
+        padding = [llama[1].pad_token_id] * missing
+        both = [ids + padding, ones + [0] * missing] if side == "right" else [padding + ids, [0] * missing + ones]
+        row = dict(zip(("input_ids", "attention_mask"), (torch.tensor([each]) for each in both), strict=True))
+        scorer.held_out.append(row)
+    assert scorer.bits_per_byte(None, llama[1]) == expected
+
+
 def test_calibrated_fits_a_loaded_teacher_on_the_tokens_of_the_smaller_vocabulary(llama):
     teacher, _, folder = llama
     options = {"vocab_size": 400, "method": "calibrated", "calibration_dataset": CHOSEN, "show_progress": False}
