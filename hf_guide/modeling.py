@@ -321,7 +321,7 @@ def _from_teacher_of_budget(
     options: dict[str, Any] = {**shared, **head, **overrides, **shapes[0].overrides}
     student = from_teacher(teacher, calibration_cache_dir=folder, **options)
     report: Any = student.initialization_report
-    report.shape_choice = describe_choice(shapes, given, student.num_parameters())
+    report.shape_choice = describe_choice(shapes, given, student.num_parameters(), head_rows=head["num_subclasses"])
     return student
 
 

@@ -91,7 +91,8 @@ class ParameterCounter:
     def __init__(self, probe: ModelProbe, fields: SizeFields):
         self.fields = fields
         self.depth_sizes = {each.name: each.size for each in fields.of(SizeRole.DEPTH)}
-        self.experts_per_token = experts_per_token(probe.teacher.config)
+        built = probe.build({})  # of the user's number of experts per token, which is no size field
+        self.experts_per_token = experts_per_token(probe.teacher.config if built is None else built[0])
         self.groups = _group_parameters(probe, fields)
 
     def count(self, sizes: Sizes) -> Cost:

@@ -41,6 +41,7 @@ from hf_guide.shapes.fields import (
 from hf_guide.shapes.scoring import CalibratedScorer
 from hf_guide.shapes.vocabulary_search import AUTO, choose_vocab_size
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher
+from hf_guide.utils.half_precision import without_autocast
 from hf_guide.validation import check_integer
 
 DEFAULT_LIMIT = 12
@@ -206,7 +207,9 @@ class ShapeSearch:
         )
 
 
-def describe_choice(candidates: "list[ShapeCandidate]", budget: Mapping[str, Any], parameters: int) -> str:
+def describe_choice(
+    candidates: "list[ShapeCandidate]", budget: Mapping[str, Any], parameters: int, *, head_rows: int | None = None
+) -> str:
     """Return what the report notes of the shape that was taken, the first of `candidates`.
 
     Args:
@@ -214,6 +217,7 @@ def describe_choice(candidates: "list[ShapeCandidate]", budget: Mapping[str, Any
         budget: What was asked for.
         parameters: How many the student has. It differs from the candidate's where blocks differ in size, and the method
             selected others than the evenly spaced ones that were counted.
+        head_rows: Outputs per class of a classifier, of which one was counted; None for no subclasses.
     """
     best, compared = candidates[0], [each for each in candidates if each.loss is not None]
     if compared:
@@ -231,9 +235,12 @@ def describe_choice(candidates: "list[ShapeCandidate]", budget: Mapping[str, Any
         how = f"with the lowest rule score ({best.rule_score:.2f}) of {len(candidates)} shapes"
     stated = ", ".join(f"{name}={value!r}" for name, value in budget.items())
     counted = "" if parameters == best.parameters else f" ({format_count(best.parameters)} with evenly spaced blocks)"
+    if head_rows is not None:
+        counted = f" ({format_count(best.parameters)} with one output per class, as the budget counts it)"
     return f"{best.describe()} was chosen for {stated}: {format_count(parameters)} parameters{counted}, {how}."
 
 
+@without_autocast()
 def find_shapes(
     teacher: "str | os.PathLike[str] | PreTrainedModel",
     *,
@@ -289,7 +296,7 @@ def find_shapes(
 
     Raises:
         OptionError: No budget, or one that does not parse; data of which none can be held out, or outputs that cannot be
-            compared; `search_steps` with another method than "calibrated".
+            compared; `search_steps` with another method than "calibrated"; a `limit` below 1.
         ShapeError: No shape is within 2 % of the budget; the smallest and the largest are stated.
         LayoutError: A family whose shapes cannot be enumerated.
         TeacherError: A teacher that cannot be read.
@@ -303,6 +310,7 @@ def find_shapes(
         >>> 0.98 < best.parameters / (0.5 * teacher.num_parameters()) < 1.02
         True
     """
+    limit = check_integer("limit", limit)
     if method is None:
         method = "guide" if calibration_dataset is None else "calibrated"
     initializer = make_method(InitializationConfig.parse(method))

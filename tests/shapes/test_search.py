@@ -80,6 +80,14 @@ def test_active_parameters_are_those_of_the_experts_that_a_token_is_routed_to():
     assert shape.flops_per_token == 2 * (shape.active_parameters - student.get_input_embeddings().weight.numel())
 
 
+def test_experts_per_token_are_those_of_the_override():
+    teacher = KINDS["mixtral"].teacher()
+    one = shapes_of(teacher, active_parameters="20%", num_experts_per_tok=1)[0]
+    assert abs(one.active_parameters / (0.2 * teacher.num_parameters()) - 1) <= 0.02
+    shapes = shapes_of(teacher, num_parameters="20%", num_experts_per_tok=4, limit=5)
+    assert {each.sizes["num_local_experts"] for each in shapes} == {4}
+
+
 def test_a_budget_below_the_smallest_student_names_it_and_its_table():
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     teacher = LlamaForCausalLM(LlamaConfig(vocab_size=3000, **sizes))
@@ -100,6 +108,23 @@ def test_a_budget_below_the_smallest_student_names_it_and_its_table():
 def test_a_search_without_a_result_is_an_error_with_the_reason(options, error, message):
     with pytest.raises(error, match=message):
         shapes_of(KINDS["llama"].teacher(), **options)
+
+
+@pytest.mark.parametrize("limit", ["3", -1, 0, 2.0, True, None])
+def test_a_limit_that_is_no_positive_whole_number_is_an_error(limit):
+    with pytest.raises(OptionError, match="limit must be a whole number of at least 1"):
+        shapes_of(KINDS["llama"].teacher(), num_parameters="40%", limit=limit)
+
+
+def test_the_report_states_the_parameters_without_the_outputs_of_subclasses():
+    teacher = KINDS["bert classifier"].teacher()
+    student = from_teacher(teacher, num_parameters="25%", num_subclasses=16, show_progress=False)
+    counted = student.num_parameters() - 3 * 15 * (student.config.hidden_size + 1)
+    assert abs(counted / (0.25 * teacher.num_parameters()) - 1) <= 0.02
+    expected = (
+        f"{student.num_parameters() / 1000:.1f} K parameters ({counted / 1000:.1f} K with one output per class, as the"
+    )
+    assert expected in student.initialization_report.shape_choice
 
 
 def test_families_whose_shapes_cannot_be_enumerated_are_refused():
