@@ -134,8 +134,8 @@ def load_calibration_batches(
             continue
         batch = _with_decoder_inputs(batch, columns.get("labels"), model)
         _check_ids(batch, model)
-        for config in configs:
-            _check_lengths(batch, config)
+        for config, name in zip(configs, (type(model).__name__, "the student"), strict=False):
+            _check_lengths(batch, config, name)
         batches.append(_first_tokens(batch, num_tokens - total, model))
         total += count_tokens(batches[-1], model)
         if total >= num_tokens:
@@ -252,7 +252,7 @@ def _check_ids(batch: Batch, model: PreTrainedModel) -> None:
             )
 
 
-def _check_lengths(batch: Batch, config: PreTrainedConfig) -> None:
+def _check_lengths(batch: Batch, config: PreTrainedConfig, model_name: str) -> None:
     """Raise for rows beyond the position tables of the teacher, or of the student.
 
     Raises:
@@ -262,8 +262,8 @@ def _check_lengths(batch: Batch, config: PreTrainedConfig) -> None:
     for name, max_length in (("input_ids", positions.max_tokens), ("decoder_input_ids", positions.max_target_tokens)):
         if name in batch and max_length is not None and batch[name].shape[-1] > max_length:
             raise OptionError(
-                f"calibration_dataset has rows of {batch[name].shape[-1]} tokens in {name}, and a model of this "
-                f"{type(config).__name__} has {max_length} positions for them: cut them."
+                f"calibration_dataset has rows of {batch[name].shape[-1]} tokens in {name}, and {model_name} has {max_length} "
+                "positions for them: cut them."
             )
 
 

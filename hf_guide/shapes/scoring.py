@@ -45,6 +45,7 @@ from hf_guide.shapes.candidates import ShapeCandidate
 from hf_guide.utils.checksums import read_json, write_json
 from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, rank_and_world_size
 from hf_guide.utils.fingerprint import comparable_config
+from hf_guide.utils.half_precision import without_autocast
 
 HELD_OUT_SHARE = 0.25
 """Of the calibration examples, which only score."""
@@ -98,6 +99,7 @@ class CalibratedScorer:
         OptionError: The outputs of the task cannot be compared, or there is too little data to hold some out.
     """
 
+    @without_autocast()
     def __init__(
         self,
         setup: StudentSetup,
@@ -130,6 +132,7 @@ class CalibratedScorer:
         self.saved = _read_scores(folder)
         self._selections: dict[str, dict[str, BlockSelection]] = {}
 
+    @without_autocast()
     def rank(self, candidates: Sequence[ShapeCandidate]) -> list[ShapeCandidate]:
         """Return the candidates with their losses, the best first: those with a whole start before the others."""
         bar = {"unit": "shape", "disable": not self.setup.show_progress}
@@ -145,6 +148,7 @@ class CalibratedScorer:
         whole.sort(key=lambda each: _rank_of(each.distilled_loss if self.search_steps else each.loss))
         return [*whole, *quick[WHOLE_STARTS:]]
 
+    @without_autocast()
     def bits_per_byte(self, candidate: ShapeCandidate, tokenizer: PreTrainedTokenizerBase) -> float:
         """Return the bits that a causal model's quick start needs for a byte of the text held out."""
         masks = [row.get("attention_mask", torch.ones_like(row["input_ids"])).bool() for row in self.held_out]

@@ -41,7 +41,6 @@ from hf_guide.shapes.fields import (
 from hf_guide.shapes.scoring import CalibratedScorer
 from hf_guide.shapes.vocabulary_search import AUTO, choose_vocab_size
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher
-from hf_guide.utils.half_precision import without_autocast
 from hf_guide.validation import check_integer
 
 DEFAULT_LIMIT = 12
@@ -240,7 +239,6 @@ def describe_choice(
     return f"{best.describe()} was chosen for {stated}: {format_count(parameters)} parameters{counted}, {how}."
 
 
-@without_autocast()
 def find_shapes(
     teacher: "str | os.PathLike[str] | PreTrainedModel",
     *,
