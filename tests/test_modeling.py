@@ -107,6 +107,7 @@ BITS = """
 """
 
 
+@pytest.mark.extended
 def test_two_processes_give_the_same_bits() -> None:
     """With different seeds of Python's hashes, so that no order of a set shows."""
     first = run_python(BITS, PYTHONHASHSEED="1")
@@ -133,6 +134,7 @@ def test_random_is_what_from_config_draws() -> None:
         assert same_bits(student, getattr(transformers, kind.auto_class).from_config(student.config))
 
 
+@pytest.mark.sampled(8)
 @of_every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["guide", "uniform"])

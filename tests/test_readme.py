@@ -107,6 +107,7 @@ def test_the_snippets_of_the_trainer_train(name: str, words: str, in_scratch: Pa
     assert namespace["trainer"].state.global_step == 1
 
 
+@pytest.mark.extended
 def test_the_loop_of_stages_records_the_lineage(in_scratch: Path, texts: Any) -> None:
     code = (
         block_with("examples/README.md", "source = name").replace("14}, 2500", "1}, 2").replace("288}, 7500", "16}, 1")

@@ -104,6 +104,7 @@ def test_a_trainer_that_takes_no_teacher_and_builds_on_ours_is_an_error(tmp_path
     assert trainer.state.log_history[0]["kd"] > 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "bases",
     [
@@ -235,6 +236,7 @@ SEQ2SEQ = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SEQ2SEQ)
 def test_generation_and_the_objective_are_evaluated_together(name: str, tmp_path: Path) -> None:
     both, kind = SEQ2SEQ[name]

@@ -136,6 +136,7 @@ def test_an_adapter_alone_is_trained_saved_and_merged(wrapped: str, tmp_path: Pa
             )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "task", ["causal-lm", "masked-lm", "seq2seq-lm", "sequence-classification", "token-classification"]
 )

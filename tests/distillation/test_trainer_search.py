@@ -43,6 +43,7 @@ def curve(trainer: DistillationTrainer, trial: dict[str, Any] | None = None) -> 
     ]
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize(
     "chosen", [{"losses": {"kd": 1.0}}, {"temperature": 3.0}, {"losses": {"hidden_states": 0.5, "ce": 0.5}}], ids=str
 )

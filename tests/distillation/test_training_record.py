@@ -60,6 +60,7 @@ LOAD = """
 """
 
 
+@pytest.mark.extended
 def test_a_pushed_student_is_stock_and_gives_the_trainers_own_figure(tmp_path: Path) -> None:
     from tests.distillation.small import examples_for
 

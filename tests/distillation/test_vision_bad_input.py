@@ -138,6 +138,7 @@ def test_a_batch_of_texts_alone_trains_a_vision_language_model(tmp_path: Path) -
     assert logged["kd"] > 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # of PaliGemma's own processor
 @pytest.mark.parametrize("name", LANGUAGE_FAMILIES)
 def test_a_shallower_vision_language_student_is_distilled_with_its_images(name: str, tmp_path: Path) -> None:

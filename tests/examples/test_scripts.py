@@ -148,6 +148,7 @@ def test_image_classifiers(tmp_path):
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "student").config.hidden_size == 16
 
 
+@pytest.mark.extended
 def test_semantic_segmentation(tmp_path):
     labels = {"id2label": {0: "none", 1: "one", 2: "two"}, "label2id": {"none": 0, "one": 1, "two": 2}}
     sizes = {"hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16}
@@ -166,6 +167,7 @@ def test_semantic_segmentation(tmp_path):
     assert student.config.hidden_sizes == [4, 4, 8, 8] and student.config.id2label == labels["id2label"]
 
 
+@pytest.mark.extended
 def test_conversations_about_images(tmp_path):
     FAMILIES["llava"].save(tmp_path / "teacher")
     run(

@@ -28,6 +28,7 @@ def saved(folder: Path, model: PreTrainedModel, processor: object) -> Path:
     return folder
 
 
+@pytest.mark.extended
 def test_whisper_is_distilled_with_its_language_and_evaluated_by_word_error_rate(tmp_path):
     processor = whisper_processor()
     _, measured = run(
@@ -63,6 +64,7 @@ def test_ctc_is_distilled_frame_by_frame(tmp_path):
     assert measured["eval_wer"] >= 0
 
 
+@pytest.mark.extended
 def test_sounds_are_classified_in_the_teachers_order_of_labels(tmp_path):
     labels = {"id2label": {0: "high", 1: "low", 2: "middle"}, "label2id": {"high": 0, "low": 1, "middle": 2}}
     _, measured = run(

@@ -104,6 +104,7 @@ def run(task: str, folder: Path, monkeypatch, **options: Any) -> dict[str, Any]:
     return json.loads((folder / "student" / "all_results.json").read_text())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("task", SCRIPTS)
 def test_scripts_distill_their_task(task, tmp_path, monkeypatch):
     """Run each with a student that is made from the teacher; the folder loads as a stock model of the task."""

@@ -217,6 +217,7 @@ def test_the_same_example_twice_is_found(tmp_path):
     assert torch.equal(batch["teacher_topk_log_probs"][0], batch["teacher_topk_log_probs"][1])
 
 
+@pytest.mark.extended
 def test_neither_capturing_nor_reading_holds_the_dataset_in_memory(tmp_path):
     script = """
     import resource, sys

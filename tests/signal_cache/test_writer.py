@@ -80,6 +80,7 @@ def test_workers_make_the_same_batches(tmp_path, workers):
     assert contents(tmp_path / "made") == contents(tmp_path / "expected")
 
 
+@pytest.mark.extended
 def test_a_killed_capture_is_resumed(tmp_path):
     script = """
     import sys, time

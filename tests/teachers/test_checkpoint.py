@@ -195,6 +195,7 @@ def test_a_tied_tensor_is_found_under_either_name(tmp_path: Path) -> None:
     assert torch.equal(apart.weights.get("model.embed_tokens.weight"), table + 1)
 
 
+@pytest.mark.extended
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="resident memory is read from /proc")
 def test_reading_never_holds_more_than_a_few_tensors(tmp_path: Path) -> None:
     model = llama(hidden_size=512, intermediate_size=1536, num_hidden_layers=20, num_attention_heads=8)

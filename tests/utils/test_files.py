@@ -364,6 +364,7 @@ def test_a_full_disk_in_distill_is_an_error_and_leaves_the_whole_checkpoints(
     AutoModelForCausalLM.from_pretrained(output)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("limit", [1_000, 35_000])
 def test_a_limit_on_file_sizes_in_distill_is_reported_as_a_full_disk_is(
     limit: int, distil: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
