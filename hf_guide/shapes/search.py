@@ -100,31 +100,36 @@ class ShapeSearch:
         student_class = self.setup.model_class
         names = self.teacher.config.attribute_map
         fixed = {names.get(name, name): value for name, value in self.overrides.items()}
-        others = {name: value for name, value in fixed.items() if not is_size(name) or is_head_size(name)}
+        # Models to count are of the teacher's depth, for which a list of another number of blocks is no config.
+        changes = {
+            name: value
+            for name, value in fixed.items()
+            if not _has_other_length(value, vars(self.teacher.config).get(name))
+        }
+        others = {name: value for name, value in changes.items() if not is_size(name) or is_head_size(name)}
         fields = find_size_fields(ModelProbe(self.teacher, student_class, others))
         roles = {each.name for each in fields.fields}
         probe = ModelProbe(
-            self.teacher, student_class, {name: value for name, value in fixed.items() if name not in roles}
+            self.teacher, student_class, {name: value for name, value in changes.items() if name not in roles}
         )
         width = cache_width(self.setup.layout, self.teacher.config, caches=student_class.can_generate())
         counter = ParameterCounter(probe, fields)
         sizes = {name: size for name in roles if isinstance(size := vars(derived).get(name), int)}
         enumerator = ShapeEnumerator(fields, counter, fixed, sizes, self.setup.dtype.itemsize, width)
         grid = enumerator.enumerate(self.budget)
-        found = self._best_unlike(enumerator, grid, probe)
-        if not found:
-            raise ShapeError(
-                f"None of the {len(grid)} shapes of {self.budget} can be made of this teacher: its blocks are of several "
-                "kinds, or its config allows few depths. State num_hidden_layers too, or all sizes."
-            )
-        return found
+        return self._best_unlike(enumerator, grid, probe)
 
     def _best_unlike(self, enumerator: ShapeEnumerator, grid: ShapeGrid, probe: ModelProbe) -> list[ShapeCandidate]:
-        """Return the shapes of the best rule scores that can be built, none like one before it."""
+        """Return the shapes of the best rule scores that can be built, none like one before it.
+
+        Raises:
+            ShapeError: None can; states why the last one cannot.
+        """
         fields = enumerator.fields
         scores = rule_scores(grid.sizes, fields)
         skipped, tried = np.zeros(len(grid), dtype=bool), 0
         found: list[ShapeCandidate] = []
+        rejection = "The family allows none of their widths with their numbers of heads."
         names = [
             each.name
             for role in (SizeRole.WIDTH, SizeRole.HEADS, SizeRole.KEY_VALUE_HEADS)
@@ -140,10 +145,17 @@ class ShapeSearch:
                 skipped |= np.logical_and.reduce(same)
                 continue
             tried += 1
-            candidate = self._count(enumerator, grid, index, float(scores[index]), probe.model_class)
-            if candidate is not None:
-                found.append(candidate)
-                skipped |= are_alike(grid.sizes, index)
+            try:
+                found.append(self._count(enumerator, grid, index, float(scores[index]), probe.model_class))
+            except HfGuideError as error:
+                rejection = f"The last one that was tried: {error}"
+                continue
+            skipped |= are_alike(grid.sizes, index)
+        if not found:
+            raise ShapeError(
+                f"None of the {len(grid)} shapes of {self.budget} can be made of this teacher. {rejection} State "
+                "num_hidden_layers too, or all sizes."
+            )
         return found
 
     def _is_valid(
@@ -164,23 +176,27 @@ class ShapeSearch:
         index: int,
         score: float,
         student_class: type[PreTrainedModel],
-    ) -> ShapeCandidate | None:
-        """Return one shape, counted exactly; None where the family rejects it, or it is outside the budget."""
+    ) -> ShapeCandidate:
+        """Return one shape, counted exactly.
+
+        Raises:
+            HfGuideError: The family rejects it, or it is outside the budget.
+        """
         fields, fixed = enumerator.fields, enumerator.fixed
         overrides = overrides_of(grid, index, fields, fixed)
-        try:
-            config = resolve_config(
-                self.teacher, None, {**self.overrides, **overrides}, self.setup.options, keywords=self.keywords
-            ).config
-            model = build_on_meta(student_class, config, self.teacher)
-        except HfGuideError:
-            return None
+        config = resolve_config(
+            self.teacher, None, {**self.overrides, **overrides}, self.setup.options, keywords=self.keywords
+        ).config
+        model = build_on_meta(student_class, config, self.teacher)
         cost = exact_cost(model, config)
         sizes = {name: values[[index]] for name, values in grid.sizes.items()}
         parameters = np.array([float(cost["parameters"])])
         memory = int(enumerator.memory(sizes, parameters, self.budget.cache_length)[0])
         if not fits_budget(self.budget, cost["parameters"], cost["active_parameters"], memory):
-            return None
+            raise ShapeError(
+                f"It has {format_count(cost['parameters'])} parameters, because its blocks are of several kinds, or its "
+                "depths differ."
+            )
         return ShapeCandidate(
             overrides=overrides,
             parameters=cost["parameters"],
@@ -204,6 +220,11 @@ class ShapeSearch:
             keywords=self.keywords,
             influence=influence,
         )
+
+
+def _has_other_length(value: Any, of_teacher: Any) -> bool:
+    """Return whether a value is a list, and the teacher's is one of another length."""
+    return all(isinstance(each, (list, tuple)) for each in (value, of_teacher)) and len(value) != len(of_teacher)
 
 
 def describe_choice(

@@ -103,6 +103,7 @@ def test_a_budget_below_the_smallest_student_names_it_and_its_table():
         ({"num_parameters": "40%", "hiden_size": 24}, OptionError, "Did you mean 'hidden_size'"),
         ({"num_parameters": "5%", "hidden_size": 48}, ShapeError, "with hidden_size=48 is within"),
         ({"num_parameters": "40%", "active_parameters": "20%"}, ShapeError, "No shape has both"),
+        ({"num_parameters": "25%", "num_hidden_layers": 5}, ShapeError, "None of .* tried: The student has 5 blocks"),
     ],
 )
 def test_a_search_without_a_result_is_an_error_with_the_reason(options, error, message):
@@ -114,6 +115,14 @@ def test_a_search_without_a_result_is_an_error_with_the_reason(options, error, m
 def test_a_limit_that_is_no_positive_whole_number_is_an_error(limit):
     with pytest.raises(OptionError, match="limit must be a whole number of at least 1"):
         shapes_of(KINDS["llama"].teacher(), num_parameters="40%", limit=limit)
+
+
+def test_a_depth_may_be_given_with_the_kinds_of_its_blocks():
+    teacher = KINDS["gemma3"].teacher()
+    kinds = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+    student = from_teacher(teacher, num_parameters="40%", show_progress=False, **kinds)
+    assert student.config.layer_types == kinds["layer_types"]
+    assert abs(student.num_parameters() / (0.4 * teacher.num_parameters()) - 1) <= 0.02
 
 
 def test_the_report_states_the_parameters_without_the_outputs_of_subclasses():
