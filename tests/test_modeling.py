@@ -24,6 +24,7 @@ def student_of(teacher: PreTrainedModel | Path, kind: Kind, **options) -> PreTra
     return from_teacher(teacher, show_progress=False, **{**kind.smaller, **options})
 
 
+@pytest.mark.sampled(10)
 @of_every_kind
 @pytest.mark.parametrize("method", ["guide", "uniform", "random"])
 def test_a_student_is_what_from_config_builds(kind: Kind, method: str) -> None:

@@ -114,6 +114,7 @@ def test_a_head_is_carried_where_the_labels_agree(name: str, config: dict[str, A
     torch.testing.assert_close(logits(student), logits(teacher))
 
 
+@pytest.mark.sampled(12)
 @EVERY
 @pytest.mark.parametrize("places", [[2, 0, 1], [2, 1]], ids=str)
 def test_a_head_follows_the_names_of_its_labels(
@@ -274,6 +275,7 @@ def test_a_masked_language_model_keeps_its_head_and_its_ties(
     assert torch.equal(logits(type(smaller).from_pretrained(tmp_path / "student")), logits(smaller))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(
     ("name", "config"),

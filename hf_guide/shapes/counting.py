@@ -206,8 +206,8 @@ def _head_slopes(
     """Return the slopes in the size of a head, and in that times the number of key/value heads, where it follows the width.
 
     With the width and the number of heads both changed, what is affine in each of them cancels in a mixed difference, and only
-    multiples of the size of a head are left. Whether the factor is the number of key/value heads, that difference says at
-    another number of them.
+    multiples of the size of a head are left. Whether the factor is the number of key/value heads follows from that difference
+    at another number of them.
     """
     width, groups = fields.main(SizeRole.WIDTH), fields.main(SizeRole.KEY_VALUE_HEADS)
     slopes: dict[_Variable, _Lengths] = {}

@@ -43,6 +43,7 @@ def args(tmp_path, monkeypatch):
     )  # fmt: skip
 
 
+@pytest.mark.extended
 def test_runs_go_on_and_have_their_rates_chosen(args):
     bench = larger_teacher.Bench.prepare(args)
     larger_teacher.run(bench, args)

@@ -49,6 +49,7 @@ def test_the_order_of_a_block_and_where_its_output_projections_are_observed() ->
         assert points == [BLOCK_OUTPUT if parallel else "layers.0.post_attention_layernorm", BLOCK_OUTPUT]
 
 
+@pytest.mark.extended
 def test_the_targets_of_a_block_are_freed_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     references: list[weakref.ref[Tensor]] = []
     alive: list[int] = []

@@ -303,6 +303,7 @@ def test_a_checkpoint_on_sigterm_is_complete(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["checkpoint-3", "checkpoint-7"]
 
 
+@pytest.mark.extended
 def test_a_run_does_not_go_on_from_an_earlier_one_in_its_folder(
     whole: tuple[Path, list[dict[str, float]]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -64,7 +64,7 @@ def gradient(task: str, folder: Path, objective: dict[str, float], **changes: An
     return step_of(student, before)
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("task", TASKS)
 def test_accumulation_leaves_gradients_as_they_are(task: str, objective: str, tmp_path: Path) -> None:
@@ -273,6 +273,7 @@ def test_several_teachers_are_weighed(tmp_path: Path) -> None:
     assert both == pytest.approx(0.75 * one + 0.25 * other, rel=1e-5)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("task", ["causal-lm", "sequence-classification"])
 def test_a_users_own_loss_and_smoothing_are_the_task_loss(task: str, tmp_path: Path) -> None:
     def doubled(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:

@@ -252,6 +252,7 @@ def test_a_language_models_own_loss_is_not_bypassed_by_the_chunked_one(bases: An
     ]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.has_own_loss])
 def test_another_trainers_loss_is_the_task_loss_of_every_task(name: str, tmp_path: Path) -> None:
     case, logs, metrics = CASES[name], [], []

@@ -54,6 +54,7 @@ def test_a_trial_learns_by_its_own_arguments(chosen: dict[str, Any], tmp_path: P
     assert curve(searched, dict(chosen)) == alone != curve(trainer_of(tmp_path, losses=objective))
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("chosen", [{"width": 16}, {"blocks": 4}], ids=str)
 def test_a_trial_learns_with_its_own_student(chosen: dict[str, int], tmp_path: Path) -> None:
     shape: dict[str, int] = {"width": 32}

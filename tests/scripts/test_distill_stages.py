@@ -60,6 +60,7 @@ def test_one_stage_is_a_run_without_stages_to_the_last_bit(teacher: Path, tmp_pa
     assert same(tmp_path / "plain", tmp_path / "staged")
 
 
+@pytest.mark.extended
 def test_two_stages_make_one_student_and_one_card(teacher: Path, tmp_path: Path) -> None:
     common = {"student_init_kwargs": {"method": {"method": "calibrated", "calibration_tokens": 512}}}
     distill(read_config(write(tmp_path, teacher, stages=[DEPTH, WIDTH], **common)))

@@ -26,6 +26,7 @@ def marked(case: Case) -> object:
     return pytest.param(case, id=str(case), marks=[] if str(case) in QUICK else pytest.mark.slow)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", [marked(case) for case in CASES])
 def test_each_shape_of_a_budget_builds_as_it_was_counted(case: Case) -> None:
     teacher = build(case, case.big).float()

@@ -75,6 +75,7 @@ def test_a_removed_piece_is_replaced_as_its_tokenizer_encodes_it(case):
         assert b"".join(texts[piece] for piece in pieces) == texts[old]
 
 
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("head", [True, False])
 def test_the_distribution_is_that_of_its_definition(case, head):
     teacher, tokenizer, reduced, kept = case

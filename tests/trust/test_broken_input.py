@@ -226,6 +226,7 @@ def test_a_broken_teacher(home: Path, tmp_path: Path, command: Any, capsys: pyte
     check(home, tmp_path, command, "teacher", {**TEACHER, **reads}, capsys)
 
 
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "command",
     [distill, *(pytest.param(each, marks=pytest.mark.slow) for each in (distill_from, distill_into))],
