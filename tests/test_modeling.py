@@ -196,6 +196,7 @@ def test_a_loaded_teacher_is_not_modified(kind: Kind) -> None:
     assert not calls
 
 
+@pytest.mark.extended
 def test_a_teachers_folder_is_not_modified(tmp_path: Path) -> None:
     def digests() -> dict[str, str]:
         return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.iterdir()}

@@ -99,7 +99,7 @@ def test_a_step_without_targets_has_loss_and_gradient_zero(task: str, objective:
     assert all(log[1].get(name, 0.0) == 0.0 for name in OBJECTIVES[objective]["losses"] or ())
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("average", [True, False])
 @pytest.mark.parametrize("task", TASKS)
 def test_micro_batches_without_targets_count_for_nothing(task: str, average: bool, tmp_path: Path) -> None:

@@ -186,7 +186,7 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).norm() / expected.norm().clamp(min=1e-3))
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("family", "target"), CASES)
 def test_an_adapter_trains_as_a_plain_loop_trains_it_and_saves_and_merges_equal(
     family: str, target: str, tmp_path: Path

@@ -85,7 +85,7 @@ def test_the_gradient_of_kd_is_that_of_a_plain_formula_in_float64(name: str, tmp
     assert (gradient - expected).norm() < 1e-3 * expected.norm()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ROWS)
 def test_a_step_is_the_same_however_its_batch_is_split_up(name: str, tmp_path: Path) -> None:
     """Eight examples of unequal size at once, or one by one; losses of the batch as a whole only if they are `Trainer`'s."""
@@ -103,7 +103,7 @@ def test_a_step_is_the_same_however_its_batch_is_split_up(name: str, tmp_path: P
     assert (at_once - one_by_one).norm() < 1e-4 * at_once.norm()
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", rows(slow=tuple(TASKS)))
 def test_ce_is_the_models_own_loss_as_trainer_computes_it(name: str, tmp_path: Path) -> None:
     case = CASES[name]
@@ -131,7 +131,7 @@ def test_ce_is_the_models_own_loss_as_trainer_computes_it(name: str, tmp_path: P
     assert (gradient - expected).norm() < 1e-5 * expected.norm()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ROWS)
 def test_a_captured_run_is_a_live_one_or_refused(name: str, tmp_path: Path) -> None:
     case = CASES[name]

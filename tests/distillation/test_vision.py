@@ -300,6 +300,7 @@ LOAD = """
 """
 
 
+@pytest.mark.extended
 def test_every_student_loads_by_its_cards_snippet_in_a_fresh_process(students: dict[str, Path]) -> None:
     printed = run_python(LOAD, *students.values()).splitlines()
     assert len(printed) == len(FAMILIES)
@@ -307,6 +308,7 @@ def test_every_student_loads_by_its_cards_snippet_in_a_fresh_process(students: d
         assert line.startswith(f"{name} {family.model_class} "), line
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["yolos", "clip", "vit_mae"])
 def test_a_student_is_calibrated_on_the_batches_of_its_training(name: str, tmp_path: Path) -> None:
     family, processor = FAMILIES[name], FAMILIES[name].processor()

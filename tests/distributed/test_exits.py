@@ -7,6 +7,7 @@ import pytest
 from tests.distributed.launch import run_processes
 
 
+@pytest.mark.extended
 def test_a_process_that_exits_after_a_collective_does_not_abort(tmp_path: Path) -> None:
     run_processes("exits.py", 2, {"waits": True}, tmp_path)
 

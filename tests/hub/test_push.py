@@ -218,6 +218,7 @@ def pull(hub: FakeHub, name: str, folder: Path) -> Path:
     return folder / name
 
 
+@pytest.mark.extended
 def test_what_is_pushed_is_the_stock_files_the_report_and_its_card(tmp_path: Path) -> None:
     with fake_hub() as hub:
         hub.repositories["me/shut"] = {"README.md": b"mine"}

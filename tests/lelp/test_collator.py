@@ -188,6 +188,7 @@ def test_targets_are_read_in_workers(tmp_path: Path) -> None:
         DistillationTrainer(student_of(TEXT), args, running, examples).train()
 
 
+@pytest.mark.extended
 def test_evaluation_examples_need_not_be_captured(tmp_path: Path) -> None:
     examples, teacher = examples_for(TEXT, 16), teacher_of(TEXT)
     projector = projector_of(teacher, examples_for(TEXT, COUNT, seed=1))

@@ -93,7 +93,7 @@ def test_with_remote_code_class_logits_are_exact(task: str, tmp_path: Path) -> N
     )
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.extended
 @pytest.mark.parametrize("task", [TEXT, IMAGE])
 def test_the_remote_code_does_not_import_hf_guide(task: str, tmp_path: Path) -> None:
     student = student_of(task)
@@ -141,6 +141,7 @@ def test_image_pipelines_output_classes(tmp_path: Path) -> None:
     assert isinstance(AutoImageProcessor.from_pretrained(tmp_path), ViTImageProcessor)
 
 
+@pytest.mark.extended
 def test_predictions_of_a_saved_model_equal_the_trainers(tmp_path: Path) -> None:
     examples = examples_for(TEXT, 16)
     data = with_targets(examples, some_targets(16))

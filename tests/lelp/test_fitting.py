@@ -144,6 +144,7 @@ def test_columns_that_the_teacher_does_not_take_are_ignored():
     assert torch.equal(actual.eigenvalues, expected.eigenvalues)
 
 
+@pytest.mark.extended
 def test_examples_without_labels_are_grouped_by_the_predicted_class():
     rows = examples(labelled=False, count=300)
     teacher = balanced(teacher_of(), rows)

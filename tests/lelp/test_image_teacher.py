@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
@@ -54,6 +55,7 @@ def test_the_first_gradient_is_that_of_the_image_teachers_subclasses(tmp_path: P
     assert (actual - expected).norm() < 1e-5 * expected.norm()
 
 
+@pytest.mark.extended
 def test_a_text_student_learns_what_only_the_images_show(tmp_path: Path) -> None:
     rows, targets = taught_pairs()
     learned, held_out = rows[:300], rows[300:]

@@ -163,6 +163,7 @@ def test_accumulated_batches_are_one_batch(objective: Any, tmp_path: Path) -> No
     assert (whole - parts).norm() < 1e-5 * whole.norm()
 
 
+@pytest.mark.extended
 def test_examples_without_a_label_are_learned_by_their_subclasses(tmp_path: Path) -> None:
     task = "sequence-classification"
     examples = with_targets(examples_for(task, 8), some_targets(8))

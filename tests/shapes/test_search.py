@@ -18,6 +18,7 @@ def shapes_of(teacher, **options):
     return find_shapes(teacher, **{"show_progress": False, "limit": 1, **options})
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", KINDS)
 def test_a_shape_builds_with_the_counted_parameters_within_the_budget(name):
     teacher = KINDS[name].teacher()

@@ -183,6 +183,7 @@ def test_a_projector_still_knows_its_teacher(folders: dict[str, Path], home: Pat
     assert projector.teacher == "classifier" and projector.teacher_fingerprint
 
 
+@pytest.mark.extended
 def test_a_resumed_run_finds_its_best_checkpoint(home: Path, tmp_path: Path) -> None:
     """By its step: the state that is saved does not hold the path."""
     teacher = save_teacher("llama", tmp_path / "teacher")

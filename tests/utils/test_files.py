@@ -285,6 +285,7 @@ def teacher_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("teacher") / "teacher", "llama", "ForCausalLM")
 
 
+@pytest.mark.extended
 def test_the_message_of_an_interrupted_distillation_is_true(
     distil: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -339,6 +340,7 @@ def test_a_full_disk_is_recognised_in_every_file_of_a_model(mounted: Path, teach
         assert is_write_error(found.value), (name, found.value)
 
 
+@pytest.mark.extended
 def test_a_full_disk_in_distill_is_an_error_and_leaves_the_whole_checkpoints(
     distil: Any, mounted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -364,7 +366,7 @@ def test_a_full_disk_in_distill_is_an_error_and_leaves_the_whole_checkpoints(
     AutoModelForCausalLM.from_pretrained(output)
 
 
-@pytest.mark.sampled(1)
+@pytest.mark.extended
 @pytest.mark.parametrize("limit", [1_000, 35_000])
 def test_a_limit_on_file_sizes_in_distill_is_reported_as_a_full_disk_is(
     limit: int, distil: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -84,6 +84,7 @@ def text(tmp_path_factory):
     return home, projector, features
 
 
+@pytest.mark.extended
 def test_texts_are_shown_by_subclass_with_fine_labels_and_a_verdict(text, tmp_path):
     home, projector, features = text
     done = hf_guide(
