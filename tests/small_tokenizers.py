@@ -11,12 +11,8 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-TEXTS = [
-    line
-    for name in ("CONTRIBUTING.md", "tests/README.md")
-    for line in (Path(__file__).parents[1] / name).read_text(encoding="utf-8").split("\n")
-    if line.strip()
-]
+TEXTS = (Path(__file__).parent / "small_texts.txt").read_text(encoding="utf-8").splitlines()
+"""Lines of documents of this repository as they were: what a vocabulary keeps of them does not change with the documents."""
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CHAT_TEMPLATE = "{% for message in messages %}<|user|>{{ message['content'] }}<|end|>{% endfor %}"
 

@@ -115,8 +115,7 @@ def load_calibration_batches(
         raise OptionError(f"calibration_dataset is empty: pass {EXPECTED_DATASET}.")
     rows = itertools.chain([first], rows)
     accepted = [name for name in inspect.signature(model.forward).parameters if name != "labels"]
-    configs = [model.config] if student is None else [model.config, student]
-    length = max_text_length(options.calibration_seq_length, *configs)
+    length = max_text_length(options.calibration_seq_length, model.config, student)
     batches: list[Batch] = []
     total = 0
     for columns in _iter_batches(rows, first, accepted, teacher, options, length, hub):
@@ -134,8 +133,9 @@ def load_calibration_batches(
             continue
         batch = _with_decoder_inputs(batch, columns.get("labels"), model)
         _check_ids(batch, model)
-        for config, name in zip(configs, (type(model).__name__, "the student"), strict=False):
-            _check_lengths(batch, config, name)
+        _check_lengths(batch, model.config, type(model).__name__)
+        if student is not None:
+            _check_lengths(batch, student, "the student")
         batches.append(_first_tokens(batch, num_tokens - total, model))
         total += count_tokens(batches[-1], model)
         if total >= num_tokens:
@@ -353,7 +353,7 @@ def _has_text(row: Any) -> bool:
     return isinstance(row, Mapping) and "input_ids" not in row
 
 
-def max_text_length(length: int, *configs: PreTrainedConfig) -> int:
+def max_text_length(length: int, *configs: PreTrainedConfig | None) -> int:
     """Return the length of a row of text: `length`, or the least number of positions of the models if that is less."""
     limits = [max_input_tokens(config) for config in configs]
     return min([length, *(limit for limit in limits if limit is not None)])
@@ -503,9 +503,7 @@ def _batches_as_tensors(
         if isinstance(batch[column], Tensor):
             yield batch
             continue
-        columns = {
-            name: batch[name] for name in (*accepted, "labels") if _num_axes(batch.get(name)) > 0 or name == column
-        }
+        columns = {name: batch[name] for name in (*accepted, "labels") if _num_axes(batch.get(name)) > 0}
         rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         filled = [row for row in rows if _is_filled(row, column)]
         if filled:

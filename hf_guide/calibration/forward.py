@@ -126,8 +126,7 @@ def held_out_examples(batches: Sequence[Batch]) -> list[Tensor | None]:
         return [None] * len(batches)
     masks: list[Tensor | None] = []
     for start, each in zip((of_all.cumsum(0) - of_all)[rank::world_size].long().tolist(), filled, strict=True):
-        is_last = None if each is None else (start + each.cumsum(0)) % HELD_OUT_EVERY == 0  # of so many in a row
-        masks.append(None if each is None or is_last is None else each & is_last)
+        masks.append(None if each is None else each & ((start + each.cumsum(0)) % HELD_OUT_EVERY == 0))
     return masks
 
 

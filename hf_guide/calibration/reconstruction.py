@@ -42,6 +42,9 @@ RELATIVE_TOLERANCE, MAX_TOLERANCE = 1e-2, 0.1
 """How far an output may change on its way to where it is observed, relative to its RMS; with a dtype's rounding, how far."""
 
 
+_REPEATED = "it runs more than once in a block, as DeBERTa-v3's projections do on relative positions, with one weight"
+
+
 @dataclass
 class FitStep:
     """Modules that are fitted together: input projections of one tensor, or one output projection.
@@ -56,9 +59,6 @@ class FitStep:
     refs: list[ModuleRef]
     observed_at: str | None = None
     residual_scale: float = 1.0
-
-
-_REPEATED = "it runs more than once in a block, as DeBERTa-v3's projections do on relative positions, with one weight"
 
 
 def fit_order(

@@ -44,7 +44,7 @@ def generate_calibration_text(
             f"calibration_dataset={SELF_GENERATED!r} is text that the teacher generates, and {type(model).__name__} "
             "generates none: it must be a causal language model, loaded with its head. Pass a dataset."
         )
-    length = max_text_length(options.calibration_seq_length, teacher.config, *([] if student is None else [student]))
+    length = max_text_length(options.calibration_seq_length, teacher.config, student)
     ids = torch.zeros(-(-num_tokens // length), length, dtype=torch.long)
     rank, world_size = rank_and_world_size()
     batches = list(enumerate(ids.split(GENERATION_BATCH_SIZE)))[rank::world_size]

@@ -13,8 +13,8 @@ each block were called with. On a CPU it is kept in temporary files, as long as 
 
 With `layer_selection="local_search"` the 20 sets of blocks around those of most influence are tried on 256 tokens, which
 takes 7 to 11 forward passes over these of a teacher of 30 blocks, and reads it once more; not for a student of less than half
-of the teacher's width. With "greedy" blocks are removed one
-by one, which takes about 2.6 times the teacher's depth in passes over 512 tokens (`calibration/block_selection.py`).
+of the teacher's width. With "greedy" blocks are removed one by one, which takes about 2.6 times the teacher's depth in passes
+over 512 tokens (`calibration/block_selection.py`).
 
 Memory: of activations, for all tokens of a process, the teacher's hidden states after each stack; and while a block is
 refitted those before it, up to four more tensors of that width (the residual stream between attention and MLP, the inputs of
@@ -131,8 +131,6 @@ class CalibratedMethod(InitializationMethod):
             IncomparableOutputs: A greedy removal is not possible.
         """
         calibration = self.calibration
-        if self.config.layer_selection not in (LayerSelection.LOCAL_SEARCH, LayerSelection.GREEDY):
-            return None
         if not calibration.block_selections:
             self.searched = self._search(layers) if self.searched is None else self.searched
             calibration.block_selections = dict(self.searched)

@@ -91,9 +91,15 @@ class ParameterCounter:
     def __init__(self, probe: ModelProbe, fields: SizeFields):
         self.fields = fields
         self.depth_sizes = {each.name: each.size for each in fields.of(SizeRole.DEPTH)}
-        built = probe.build({})  # of the user's number of experts per token, which is no size field
-        self.experts_per_token = experts_per_token(probe.teacher.config if built is None else built[0])
-        self.groups = _group_parameters(probe, fields)
+        # Stated, so that none follows another: as many key/value heads as heads, for one.
+        stated = {each.name: each.size for each in fields.fields if each.role is SizeRole.KEY_VALUE_HEADS}
+        kept = {**fields.kept, **stated}
+        base = probe.build(kept)
+        if base is None:
+            raise LayoutError(f"No {probe.model_class.__name__} can be built with {kept}, the teacher's own sizes.")
+        # The user's, where it is overridden: it is no size field.
+        self.experts_per_token = experts_per_token(base[0])
+        self.groups = _group_parameters(probe, fields, kept, *base)
 
     def count(self, sizes: Sizes) -> Cost:
         """Return what shapes cost. Blocks of several kinds count as their average: `exact_cost` counts one shape exactly.
@@ -154,25 +160,21 @@ def exact_cost(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, in
     }
 
 
-def _group_parameters(probe: ModelProbe, fields: SizeFields) -> list[_Group]:
-    kept = dict(fields.kept)
-    # Stated, so that none follows another: as many key/value heads as heads, for one.
-    kept |= {each.name: each.size for each in fields.fields if each.role is SizeRole.KEY_VALUE_HEADS}
-    base = probe.build(kept)
-    if base is None:
-        raise LayoutError(f"No {probe.model_class.__name__} can be built with {kept}, the teacher's own sizes.")
+def _group_parameters(
+    probe: ModelProbe, fields: SizeFields, kept: Mapping[str, int], config: PreTrainedConfig, base: PreTrainedModel
+) -> list[_Group]:
     sizes = {each.name: each.size for each in fields.fields}
-    slopes = _head_slopes(probe, kept, fields, base[1])
+    slopes = _head_slopes(probe, kept, fields, base)
     slopes |= {
-        _Variable((each.name,)): _slopes(probe, kept, fields.moved_by(each), sizes, base[1], slopes)
+        _Variable((each.name,)): _slopes(probe, kept, fields.moved_by(each), sizes, base, slopes)
         for each in fields.fields
         if each.role is not SizeRole.DEPTH and not fields.follows(each)
     }
-    layout, head = layout_for(base[0], probe.model_class), _tied_table(base[1])
-    occurrences = Counter(_without_index(name, fields) for name, _ in base[1].named_parameters())
+    layout, head = layout_for(config, probe.model_class), _tied_table(base)
+    occurrences = Counter(_without_index(name, fields) for name, _ in base.named_parameters())
     groups: Counter[tuple[object, ...]] = Counter()
-    for name, parameter in base[1].named_parameters():
-        relative = strip_base_prefix(name, base[1].base_model_prefix)
+    for name, parameter in base.named_parameters():
+        relative = strip_base_prefix(name, base.base_model_prefix)
         depth = next((field for prefix, field in fields.stacks.items() if relative.startswith(prefix)), None)
         if (
             occurrences[_without_index(name, fields)] == 1

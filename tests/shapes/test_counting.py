@@ -24,11 +24,7 @@ SIZES = {
     "num_attention_heads": 8,
     "max_position_embeddings": 32,
 }
-GROUPED = {
-    name: {"pad_token_id": 0} if name == "Phi3ForCausalLM" else {}
-    for name in ("Qwen2", "Phi", "Phi3", "Olmo", "Olmo2", "Cohere", "Starcoder2", "Llama", "Mistral")
-    for name in (f"{name}ForCausalLM",)
-}
+GROUPED = ("Qwen2", "Phi", "Phi3", "Olmo", "Olmo2", "Cohere", "Starcoder2", "Llama", "Mistral")
 """Families with a number of key/value heads; the last two have a field for the size of a head as well."""
 
 
@@ -45,9 +41,8 @@ def counted_and_built(model, fixed=(), sample=SAMPLE):
         kept &= grid[each.name] == each.size
     widths = fields.of(SizeRole.WIDTH)
     for first, second in ((a, b) for a in widths for b in widths if a.size != b.size):
-        kept &= (
-            grid[first.name] != grid[second.name]
-        )  # a projection between two widths is left out where they are equal
+        # A projection between two widths is left out where they are equal.
+        kept &= grid[first.name] != grid[second.name]
     places = np.flatnonzero(kept)
     places = places[np.linspace(0, len(places) - 1, min(sample, len(places))).astype(int)]
     counts = counter.count(grid).parameters
@@ -77,8 +72,8 @@ def test_the_rule_counts_the_parameters_of_every_family(case: Case) -> None:
 @pytest.mark.parametrize("groups", [8, 4, 2, 1])
 @pytest.mark.parametrize("name", GROUPED)
 def test_the_rule_counts_key_value_heads_of_every_grouping(name, groups):
-    model_class = getattr(transformers, name)
-    model = model_class(model_class.config_class(**SIZES, **GROUPED[name], num_key_value_heads=groups))
+    model_class = getattr(transformers, f"{name}ForCausalLM")
+    model = model_class(model_class.config_class(**SIZES, pad_token_id=0, num_key_value_heads=groups))
     check(counted_and_built(model))
     check(counted_and_built(model, {"num_attention_heads": 4, "num_key_value_heads": min(groups, 2)}, sample=3))
 

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,6 +23,7 @@ from hf_guide.layouts.grammar import Axis, AxisConcat, AxisName, AxisProduct
 from hf_guide.layouts.registry import Layout, LayoutRow
 from hf_guide.models.model_classes import meta_model, strip_base_prefix
 from hf_guide.models.tiny_models import MODEL_ERRORS
+from hf_guide.utils.by_value import ByValue
 
 
 class _RecordsAccess:
@@ -86,7 +86,7 @@ def find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], la
     config = copy.deepcopy(config)
     config.__dict__.pop("quantization_config", None)
     stacks_known = tuple(row.pattern for row in layout.rows if "{block}" in row.pattern)
-    key = (model_class, json.dumps(config.to_dict(), sort_keys=True, default=str), stacks_known)
+    key = ByValue.of((model_class, config, stacks_known))
     if key not in _depths_cache:
         if len(_depths_cache) == _KEPT_MODELS:
             del _depths_cache[next(iter(_depths_cache))]
@@ -94,7 +94,7 @@ def find_depths(config: PreTrainedConfig, model_class: type[PreTrainedModel], la
     return _depths_cache[key]
 
 
-_depths_cache: dict[Any, StackDepths] = {}
+_depths_cache: dict[ByValue[Any], StackDepths] = {}
 _KEPT_MODELS = 8  # they are on the meta device
 
 
