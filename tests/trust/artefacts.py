@@ -80,7 +80,7 @@ def distil(home: Path, output: Path, **changes: Any) -> None:
     settings = {
         "teacher_init_kwargs": {"token": TOKEN},
         "hub_token": TOKEN,
-        "data_files": str(home / "texts.txt"),
+        "data_files": str(texts_file(home)),
         "max_length": 16,
         "output_dir": str(output),
         "max_steps": 2,
