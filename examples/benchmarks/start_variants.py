@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_guide import AutoStudentForCausalLM, register_method
-from hf_guide.calibration.data import Batch
+from hf_guide.calibration.batches import Batch
 from hf_guide.initialization.basis import ResidualBasis
 from hf_guide.initialization.transfer import Transfer, fit_bases, fit_tied_gain, root_mean_square
 from hf_guide.layouts.grammar import Projection, Selection, apply_selection

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hf_guide.calibration.batches import Batch, count_rows, count_tokens, first_rows
 from hf_guide.calibration.collection import CalibrationResult
-from hf_guide.calibration.data import Batch, count_tokens, first_rows
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.importance import BlockSelection, top_influence_blocks
 from hf_guide.calibration.output_comparison import IncomparableOutputs, OutputComparison
@@ -143,10 +143,10 @@ def _sample(teacher: SequentialModel, comparison: OutputComparison, tokens: int)
     budget, batches = -(-tokens // rank_and_world_size()[1]), list[Batch]()
     examples, wanted = 0, SAMPLE_EXAMPLES if comparison.task.row.outputs[0].items in ("example", "boundary") else 0
     for batch in teacher.batches:
-        length = max(1, count_tokens(batch, teacher.model) // len(next(iter(batch.values()))))
-        batches.append(first_rows(batch, max(-(-budget // length), wanted - examples)))
-        count = len(next(iter(batches[-1].values())))
-        budget, examples = budget - count * length, examples + count
+        rows = count_rows(batch, budget, teacher.model.config)
+        batches.append(first_rows(batch, rows and max(rows, wanted - examples)))
+        budget -= count_tokens(batches[-1], teacher.model.config)
+        examples += len(next(iter(batches[-1].values())))
         if budget <= 0 and examples >= wanted:
             break
     comparison.check_examples(examples)

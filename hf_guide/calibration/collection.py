@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_guide.calibration.batches import Batch, count_contexts, count_tokens
 from hf_guide.calibration.block_weights import BlockWeights, model_without_weights
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import (
-    Batch,
-    count_tokens,
     default_num_tokens,
     is_self_generated,
     load_calibration_batches,
@@ -45,6 +44,8 @@ class CalibrationResult:
         statistics: The statistics of its activations.
         seconds: How long it took.
         self_generated: Whether the teacher generated the text.
+        num_contexts: How many of all processes' tokens differ in themselves or in those shortly before them; None if they are
+            no tokens.
         checkpoint: Where later steps are saved and continued from.
         block_selections: By stack, the blocks that were chosen as a set, where that is how they are selected.
         notes: Why blocks were selected in another way than was asked for.
@@ -54,6 +55,7 @@ class CalibrationResult:
     statistics: ActivationStatistics
     seconds: float
     self_generated: bool = False
+    num_contexts: int | None = None
     checkpoint: CalibrationCheckpoint | None = None
     block_selections: dict[str, BlockSelection] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -134,7 +136,7 @@ def collect_calibration(
         show_progress=show_progress,
     )
     seconds = time.perf_counter() - started
-    return CalibrationResult(sequential, statistics, seconds, text is not None, checkpoint)
+    return CalibrationResult(sequential, statistics, seconds, text is not None, count_contexts(batches), checkpoint)
 
 
 def _check_enough_batches(batches: list[Batch]) -> None:
@@ -153,7 +155,7 @@ def _activation_bytes(modules: ModuleMap, model: PreTrainedModel, batches: list[
     of the teacher's, its projected output in float32, and the student's.
     """
     width = max((linear_weight(ref.module).shape[1] for ref in modules.residual_in.values()), default=0)
-    tokens = sum(count_tokens(batch, model) for batch in local_shard(batches))
+    tokens = sum(count_tokens(batch, model.config) for batch in local_shard(batches))
     return (len(modules.blocks) + (8 if refits else 1)) * tokens * width * model.dtype.itemsize
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.calibration.data import Batch, num_rows
+from hf_guide.calibration.batches import Batch, num_rows, padding_mask
 from hf_guide.calibration.modules import ModuleRef
 from hf_guide.models.hooks import StopForward
 from hf_guide.models.modes import eager_experts, eval_mode
@@ -99,9 +99,9 @@ def drop_padding(activations: Tensor, batch: Batch, *, of_decoder: bool = False)
         >>> drop_padding(torch.zeros(2, 3, 8), batch).shape
         torch.Size([3, 8])
     """
-    mask = batch.get("decoder_attention_mask" if of_decoder else "attention_mask")
+    mask = padding_mask(batch, "decoder_input_ids" if of_decoder else "input_ids")
     rows = activations.reshape(-1, activations.shape[-1])
-    if mask is not None and mask.ndim == 2 and activations.shape[:-1] in (mask.shape, (mask.numel(),)):
+    if mask is not None and activations.shape[:-1] in (mask.shape, (mask.numel(),)):
         return rows[mask.to(activations.device).bool().flatten()]
     return rows
 
@@ -132,10 +132,10 @@ def held_out_examples(batches: Sequence[Batch]) -> list[Tensor | None]:
 
 def _filled_examples(batch: Batch) -> Tensor | None:
     """Return which examples of a batch have a token, (examples,) bool; None where a row is not an example."""
-    count, mask = num_rows(batch), batch.get("attention_mask")
+    count, mask = num_rows(batch), padding_mask(batch)
     if count is None:
         return None
-    return mask.bool().any(1) if mask is not None and mask.ndim == 2 else torch.ones(count, dtype=torch.bool)
+    return torch.ones(count, dtype=torch.bool) if mask is None else mask.bool().reshape(count, -1).any(1)
 
 
 def held_out_rows(activations: Tensor, batch: Batch, examples: Tensor | None, *, of_decoder: bool = False) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_guide.calibration.data import Batch, first_rows, num_rows
+from hf_guide.calibration.batches import Batch, count_rows, first_rows
 from hf_guide.calibration.forward import drop_padding
 from hf_guide.calibration.least_squares import (
     NormalEquations,
@@ -215,7 +215,7 @@ class HeadFitter:
         expected_logits: list[Tensor] = []
         seen = 0
         for index, whole_batch in enumerate(state.batches):
-            rows = count_rows(whole_batch, LOGIT_SCALE_TOKENS // world_size - seen)
+            rows = count_rows(whole_batch, LOGIT_SCALE_TOKENS // world_size - seen, state.teacher.config)
             batch = first_rows(whole_batch, rows)
             student_inputs = self._head_inputs(state.student_run, self.student, index, rows)
             outputs = state.teacher_run.forward(index, rows)
@@ -287,7 +287,7 @@ class HeadFitter:
         outputs: list[Tensor] = []
         with removable_hooks() as handles:
             handles.append(self.student.module.register_forward_hook(lambda _, args, output: outputs.append(output)))
-            logits = state.student_run.forward(0, rows=count_rows(state.batches[0], 1)).logits
+            logits = state.student_run.forward(0, rows=1).logits
         eps = max_eps(outputs[-1].dtype, logits.dtype)
         head_output, logits = (each.flatten(0, -2)[:MULTIPLIER_TOKENS].double() for each in (outputs[-1], logits))
         multiplier = ((head_output * logits).sum() / head_output.square().sum()).item()
@@ -370,19 +370,6 @@ def _mean_products(total: NormalEquations, *, centered: bool) -> tuple[Tensor, T
     if centered:
         gram, cross = gram - torch.outer(mean_x, mean_x), cross - torch.outer(mean_y, mean_x)
     return gram, cross, mean_x, mean_y
-
-
-def count_rows(batch: Batch, tokens: int) -> int | None:
-    """Return how many rows of a batch hold that many tokens; None for all of it if a row is not an example.
-
-    Example:
-        >>> count_rows({"input_ids": torch.zeros(8, 16)}, tokens=40)
-        3
-    """
-    ids = batch.get("input_ids")
-    if ids is None or num_rows(batch) is None:
-        return None
-    return max(1, -(-tokens // ids.shape[1]))
 
 
 def count_token_ids(batches: Sequence[Batch], vocab_size: int) -> Tensor:

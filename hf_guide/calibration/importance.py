@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_guide.calibration.data import Batch
+from hf_guide.calibration.batches import Batch
 from hf_guide.calibration.forward import calibration_mode, drop_padding
 from hf_guide.calibration.modules import ModuleMap, ModuleRef
 from hf_guide.calibration.resume import CalibrationCheckpoint

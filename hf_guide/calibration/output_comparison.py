@@ -9,13 +9,13 @@
   by their mean.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.calibration.data import Batch, num_rows
+from hf_guide.calibration.batches import Batch, iter_rows, padding_mask
 from hf_guide.calibration.forward import forward_without_cache
 from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
@@ -163,16 +163,6 @@ def similarity_differences(student: Tensor, teacher: Tensor) -> Tensor:
     return (first - second).square().sum(-1) / max(len(student) - 1, 1)
 
 
-def iter_rows(batch: Batch) -> Iterator[Batch]:
-    """Yield a batch's rows, each as a batch of one; the whole batch where a row is not an example."""
-    count = num_rows(batch)
-    if count is None:
-        yield batch
-        return
-    for index in range(count):
-        yield {name: value[index : index + 1] for name, value in batch.items()}
-
-
 def causal_loss(logits: Tensor, row: Batch) -> Tensor:
     """Return the cross-entropy of each next token, (tokens,).
 
@@ -180,7 +170,7 @@ def causal_loss(logits: Tensor, row: Batch) -> Tensor:
         logits: (tokens, vocabulary), of the tokens that are not padding.
         row: The inputs of one row.
     """
-    ids, mask = row["input_ids"].flatten(), row.get("attention_mask")
+    ids, mask = row["input_ids"].flatten(), padding_mask(row)
     ids = ids if mask is None else ids[mask.flatten().bool()]
     return torch.nn.functional.cross_entropy(logits[:-1], ids[1:].to(logits.device), reduction="none")
 

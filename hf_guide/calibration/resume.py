@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_guide.calibration.batches import Batch
 from hf_guide.calibration.config import CalibratedConfig
-from hf_guide.calibration.data import Batch
 from hf_guide.errors import OptionError
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.checksums import DamagedFileError, read_json, read_tensors, write_json, write_tensors

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_guide.calibration.batches import Batch, first_rows, num_rows
 from hf_guide.calibration.block_weights import BlockWeights
-from hf_guide.calibration.data import Batch, first_rows, num_rows
 from hf_guide.calibration.forward import forward_no_cache
 from hf_guide.calibration.modules import ModuleMap
 from hf_guide.calibration.recorded_inputs import BLOCK_INPUT, InputRecorder

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_guide.calibration.data import Batch, count_tokens
+from hf_guide.calibration.batches import Batch, count_tokens
 from hf_guide.calibration.forward import calibration_mode, drop_padding, is_decoder_stack, reads_decoder_tokens
 from hf_guide.calibration.least_squares import RowBuffer, symmetric_product
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight
@@ -111,7 +111,7 @@ class _StatisticsCollector:
         self.sequential, self.model, self.modules, self.layout = sequential, sequential.model, modules, layout
         model = self.model
         self.statistics = ActivationStatistics(
-            num_tokens=sum(count_tokens(batch, model) for batch in sequential.batches)
+            num_tokens=sum(count_tokens(batch, model.config) for batch in sequential.batches)
         )
         self.block_tokens = {
             stack: torch.zeros(len(blocks), dtype=torch.float64) for stack, blocks in modules.blocks.items()

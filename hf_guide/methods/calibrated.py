@@ -197,7 +197,7 @@ class CalibratedMethod(InitializationMethod):
             OptionError: There are fewer tokens than directions of the residual stream to find.
         """
         started = time.perf_counter()
-        transfer, bases = self._plan(student, setup)
+        transfer, bases, notes = self._plan(student, setup)
         planned = time.perf_counter()
         transfer.fill_parameters(student, show_progress=setup.show_progress)
         transferred = time.perf_counter()
@@ -209,12 +209,14 @@ class CalibratedMethod(InitializationMethod):
             "refit": time.perf_counter() - transferred,
         }
         report = transfer.report(student, bases, seconds)
-        report.notes += self.calibration.notes
+        report.notes += [*self.calibration.notes, *notes]
         report.calibration = facts | {"selected": _selected_units(transfer.plan, modules)}
         return report
 
-    def _plan(self, student: PreTrainedModel, setup: StudentSetup) -> tuple[Transfer, dict[str, ResidualBasis]]:
-        """Return a transfer with blocks, bases, heads, neurons and experts chosen by the statistics, and the bases."""
+    def _plan(
+        self, student: PreTrainedModel, setup: StudentSetup
+    ) -> tuple[Transfer, dict[str, ResidualBasis], list[str]]:
+        """Return a transfer with blocks, bases, heads, neurons and experts chosen by the statistics, the bases, and notes."""
         config, statistics = self.config, self.calibration.statistics
         untie_like_teacher(student, setup.teacher)
         plan = make_plan(
@@ -225,9 +227,10 @@ class CalibratedMethod(InitializationMethod):
             vocab_indices=setup.vocab_indices,
             label_indices=setup.label_indices,
         )
-        transfer, bases = fit_activation_bases(plan, statistics, config)
+        num_contexts = self.calibration.num_contexts
+        transfer, bases, notes = fit_activation_bases(plan, statistics, config, num_contexts)
         self._select_units(transfer, setup)
-        return transfer, bases
+        return transfer, bases, notes
 
     def _select_units(self, transfer: Transfer, setup: StudentSetup) -> None:
         """Have the plan select heads, neurons and experts by the statistics, and rotate heads before they are truncated."""

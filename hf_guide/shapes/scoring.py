@@ -19,20 +19,19 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_guide.calibration.batches import Batch, first_rows, iter_rows
 from hf_guide.calibration.block_weights import BlockWeights
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration, running_teacher
 from hf_guide.calibration.config import CalibratedConfig
 from hf_guide.calibration.data import (
-    Batch,
     default_num_tokens,
-    first_rows,
     is_self_generated,
     load_calibration_batches,
 )
-from hf_guide.calibration.forward import calibration_mode, running_device
+from hf_guide.calibration.forward import calibration_mode, drop_padding, running_device
 from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.modules import find_modules
-from hf_guide.calibration.output_comparison import OutputComparison, iter_rows
+from hf_guide.calibration.output_comparison import OutputComparison
 from hf_guide.calibration.self_generation import generate_calibration_text
 from hf_guide.calibration.statistics import mlp_width
 from hf_guide.errors import OptionError
@@ -151,9 +150,8 @@ class CalibratedScorer:
     @without_autocast()
     def bits_per_byte(self, candidate: ShapeCandidate, tokenizer: PreTrainedTokenizerBase) -> float:
         """Return the bits that a causal model's quick start needs for a byte of the text held out."""
-        masks = [row.get("attention_mask", torch.ones_like(row["input_ids"])).bool() for row in self.held_out]
         # The loss is a mean over these tokens: without padding and the first one, which nothing predicts.
-        rows = [row["input_ids"][mask][1:] for row, mask in zip(self.held_out, masks, strict=True)]
+        rows = [drop_padding(row["input_ids"][..., None], row).flatten()[1:] for row in self.held_out]
         num_bytes = sum(len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode()) for ids in rows)
         return self._losses(candidate, quick=True)[0] * sum(map(len, rows)) / max(num_bytes, 1) / math.log(2)
 

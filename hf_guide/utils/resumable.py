@@ -58,8 +58,15 @@ class ResumableFolder:
                 )
 
     def create(self, save_manifest: Callable[[], None]) -> None:
-        """Create the folder, remove what killed processes left half-written, and call `save_manifest` if there is none."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Create the folder, remove what killed processes left half-written, and call `save_manifest` if there is none.
+
+        Raises:
+            HfGuideError: (as `error`) The folder cannot be created, as on a file system that takes none.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self.error(f"{self.label} {self.path} cannot be created: {error}. Name another folder.") from error
         remove_stale_partials(self.path)
         if not (self.path / self.manifest_name).exists():
             save_manifest()

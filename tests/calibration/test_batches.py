@@ -1,0 +1,142 @@
+"""Batches that no model can take are refused before one runs; padding and repeated text are not counted as tokens."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import BertConfig, BertForMultipleChoice, Wav2Vec2Config, Wav2Vec2ForCTC
+
+from hf_guide import OptionError, from_teacher
+from hf_guide.calibration.batches import count_contexts, count_rows, count_tokens, padding_mask
+from tests.calibration.test_data import are_equal, load, table
+from tests.tiny import KINDS
+
+IDS = torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(7))
+IDS[:, 0] = torch.arange(3, 19)  # so that no two rows begin alike
+ROW = {"input_ids": IDS[0].tolist()}
+CAUSAL = torch.ones(16, 16).tril().bool().expand(16, 1, 16, 16)
+
+WRONG: dict[str, tuple[list[Any], str]] = {
+    "embeddings": ([{"inputs_embeds": torch.zeros(4, 8, 48)}], "inputs_embeds, which are of the teacher's width"),
+    "embeddings in rows": ([{"inputs_embeds": torch.zeros(8, 48)}], "inputs_embeds, which are of the teacher's width"),
+    "float ids": ([{"input_ids": IDS.float()}], "input_ids of torch.float32: token ids are whole numbers"),
+    "float ids in rows": ([{"input_ids": [3.0, 4.7]}], "input_ids of torch.float32: token ids are whole numbers"),
+    "bool ids": ([{"input_ids": IDS > 9}], "input_ids of torch.bool"),
+    "ids of three axes": ([{"input_ids": IDS[None]}], r"input_ids of the shape \(1, 16, 16\), which must be"),
+    "mask of one row": ([{"input_ids": IDS, "attention_mask": IDS[0]}], r"attention_mask of the shape \(16,\)"),
+    "short mask": ([{"input_ids": IDS, "attention_mask": IDS[:, :9]}], r"attention_mask of the shape \(16, 9\)"),
+    "a batch of other columns": ([{"input_ids": IDS}, {"attention_mask": IDS}], r"Item 1 .*\['attention_mask'\]"),
+    "rows of other columns": ([ROW, ROW, {"text": "a"}], r"Item 2 .*\['text'\], and the first one has input_ids"),
+    "text after rows": ([ROW, "text"], "Item 1 of calibration_dataset is a str"),
+    "nothing after rows": ([ROW, None], "Item 1 of calibration_dataset is a NoneType"),
+    "nothing at all": ([None, None], "calibration_dataset is empty"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_no_teacher_can_take_is_refused(name: str) -> None:
+    dataset, message = WRONG[name]
+    with pytest.raises(OptionError, match=message):
+        load(KINDS["llama"].teacher(), dataset)
+
+
+def test_the_inputs_of_a_decoder_are_checked_too() -> None:
+    wrong = [{"input_ids": IDS, "decoder_input_ids": IDS, "decoder_attention_mask": IDS[:, :3]}]
+    with pytest.raises(OptionError, match=r"decoder_attention_mask of the shape \(16, 3\), and decoder_input_ids of"):
+        load(KINDS["t5"].teacher(), wrong)
+
+
+def test_what_is_missing_before_the_first_row_is_skipped() -> None:
+    teacher = KINDS["llama"].teacher()
+    assert are_equal(load(teacher, [None, ROW, ROW]), load(teacher, [ROW, ROW]))
+
+
+@pytest.mark.parametrize("selection", ["greedy", "local_search", "block_influence"])
+def test_masks_of_four_axes_select_blocks_as_none_does(selection: str) -> None:
+    """A mask that states which tokens each attends to, here that of every causal model."""
+    students = [
+        from_teacher(
+            KINDS["llama"].teacher(),
+            method={"method": "calibrated", "layer_selection": selection, "calibration_batch_size": 16},
+            calibration_dataset=[{"input_ids": IDS} | mask],
+            show_progress=False,
+            hidden_size=32,
+            num_hidden_layers=2,
+        )
+        for mask in ({"attention_mask": CAUSAL}, {})
+    ]
+    one, other = (student.initialization_report for student in students)
+    assert one.blocks == other.blocks
+    for first, second in zip(*(student.parameters() for student in students), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4)
+
+
+def test_padding_of_choices_is_not_counted() -> None:
+    mask = torch.ones(4, 3, 16).long()
+    mask[:2, :, 8:] = 0
+    batch, config = {"input_ids": IDS[:12].view(4, 3, 16), "attention_mask": mask}, BertConfig()
+    assert count_tokens(batch, config) == 2 * 3 * 8 + 2 * 3 * 16
+    assert [count_rows(batch, tokens, config) for tokens in (1, 24, 25, 48, 49, 999)] == [1, 1, 2, 2, 3, 4]
+    flat = padding_mask(batch)
+    assert flat is not None and flat.shape == (12, 16)
+    sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    torch.manual_seed(0)
+    teacher = BertForMultipleChoice(BertConfig(vocab_size=96, **sizes)).eval()
+    short = {name: value[:2] for name, value in batch.items()}
+    students = [
+        from_teacher(
+            teacher,
+            method={"method": "calibrated", "calibration_batch_size": 16},
+            calibration_dataset=[{name: value[..., :length] for name, value in short.items()}],
+            show_progress=False,
+            hidden_size=24,
+        )
+        for length in (16, 8)
+    ]
+    for first, second in zip(*(student.parameters() for student in students), strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+SOUNDS = np.random.default_rng(0).standard_normal((8, 400)).astype(np.float32)
+
+
+@pytest.mark.parametrize("form", ["rows", "torch rows", "batches of lists", "batches of tensors"])
+def test_waveforms_in_any_form(form: str) -> None:
+    teacher = Wav2Vec2ForCTC(Wav2Vec2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    dataset = {
+        "rows": table("input_values", SOUNDS.tolist()),
+        "torch rows": table("input_values", SOUNDS.tolist(), "torch"),
+        "batches of lists": table("input_values", SOUNDS.tolist()).iter(batch_size=4),
+        "batches of tensors": [{"input_values": half} for half in torch.from_numpy(SOUNDS).split(4)],
+    }[form]
+    found = load(teacher, dataset)
+    assert are_equal(found, [{"input_values": half} for half in torch.from_numpy(SOUNDS).split(4)])
+
+
+def test_a_context_is_a_token_and_seven_before_it() -> None:
+    period = torch.arange(4).repeat(16)
+    assert count_contexts([{"input_ids": period.expand(3, 64)}]) == 4 + 7
+    assert count_contexts([{"input_ids": IDS}, {"input_ids": IDS}]) == IDS.numel()
+    shorter = {"input_ids": IDS, "attention_mask": (torch.arange(16) < 9).long().expand(16, 16)}
+    assert count_contexts([shorter]) == 16 * 9
+    assert count_contexts([{"input_ids": IDS[:1], "decoder_input_ids": IDS[1:2]}]) == 32
+    assert count_contexts([{"pixel_values": torch.zeros(1, 3, 16, 16)}]) is None
+
+
+def test_repeated_text_is_no_more_text() -> None:
+    """A start from one row, however often repeated, would be worse than without data."""
+    teacher = KINDS["llama"].teacher()
+
+    def calibrated(rows: torch.Tensor, **method: Any) -> list[str]:
+        options = {"method": "calibrated", "calibration_batch_size": 16, **method}
+        data = [{"input_ids": rows}]
+        student = from_teacher(teacher, method=options, calibration_dataset=data, hidden_size=32, show_progress=False)
+        return student.initialization_report.notes
+
+    with pytest.raises(OptionError, match="256 tokens, of which 16 are not repeated .* is 32 wide"):
+        calibrated(IDS[:1].expand(16, 16))
+    assert not calibrated(IDS[:1].expand(16, 16), basis="embeddings")
+    assert not calibrated(IDS)
+    (note,) = calibrated(IDS[:4].repeat(4, 1))
+    assert "64 are not repeated" in note and "may start worse" in note
