@@ -37,6 +37,7 @@ from hf_guide import (
     from_teacher,
 )
 from hf_guide.cli import main as cli
+from hf_guide.modeling import plan_student
 from tests.tiny import KINDS, SIZES
 
 LLAMA = KINDS["llama"]
@@ -215,6 +216,7 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
             ["layer_selection must be a list", "one of ['uniform', 'first'", "found 3"],
         ),
         ({"method": {"layer_selection": ["a"]}}, ["layer_selection must be a list", "found ['a']"]),
+        ({"method": {"layer_selection": [True, False]}}, ["layer_selection must be a list", "found [True, False]"]),
         ({"method": {"layer_selection": {"leyers": [0, 1]}}}, ["'leyers'", "Did you mean 'layers'?"]),
         ({"method": {"layer_selection": [0, 1, 2]}}, ["names 3 teacher blocks", "the student has 2"]),
         ({"method": {"layer_selection": [0, 4]}}, ["[4]", "0 to 3"]),
@@ -239,6 +241,11 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
 def test_unknown_names_and_options(teacher: PreTrainedModel, options: dict[str, Any], words: list[str]) -> None:
     options = {"hidden_size": 24, "num_hidden_layers": 2, **options}
     error_of(OptionError, teacher, *words, **options)
+
+
+def test_options_of_other_functions_are_named_as_such(teacher: PreTrainedModel) -> None:
+    with pytest.raises(OptionError, match="'calibration_dataset' is an option of other functions.*leave it out"):
+        plan_student(teacher, method="calibrated", calibration_dataset=["text"], num_hidden_layers=2)
 
 
 def test_unknown_fields_of_the_options() -> None:

@@ -4,6 +4,7 @@ A package may import itself and the rows of `LAYERS` before its own; no modules 
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -95,3 +96,13 @@ def test_no_modules_import_each_other_in_a_cycle():
 
     for name in graph:
         visit(name, ())
+
+
+def test_models_without_initialized_weights_are_built_with_the_random_state_restored():
+    """By `without_initialization`, or with a seed in `build_student`: some constructors draw numbers all the same."""
+    using = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.rglob("*.py")
+        if re.search(r"\bno_init_weights\b", path.read_text(encoding="utf-8"))
+    }
+    assert using == {"models/modes.py", "initialization/build.py"}

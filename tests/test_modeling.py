@@ -4,13 +4,22 @@ import copy
 import gc
 import hashlib
 import importlib.util
+import random
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForImageClassification,
+    BeitConfig,
+    Dinov2Config,
+    GenerationConfig,
+    PreTrainedModel,
+    ViTConfig,
+)
 
 import hf_guide
 from hf_guide import AutoStudentForCausalLM, from_teacher
@@ -94,6 +103,29 @@ def test_the_same_call_gives_the_same_bits(kind: Kind) -> None:
     assert same_bits(first, second)
 
 
+VIT = {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 4,
+}
+
+
+@pytest.mark.parametrize("method", ["guide", "uniform", "random", "calibrated"])
+@pytest.mark.parametrize("family", [ViTConfig, Dinov2Config, BeitConfig])
+def test_families_whose_constructors_draw_numbers_leave_the_random_state(family: Any, method: str) -> None:
+    """Their tables of positions are drawn even where no weight is to be initialized."""
+    torch.manual_seed(0)
+    teacher = AutoModelForImageClassification.from_config(family(**VIT)).eval()
+    images = torch.randn(20, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    data = {"calibration_dataset": [{"pixel_values": images}]} if method == "calibrated" else {}
+    states = random.getstate(), torch.get_rng_state()
+    from_teacher(teacher, method=method, show_progress=False, hidden_size=24, num_hidden_layers=1, **data)
+    assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
+
+
 BITS = """
     import hashlib
     from hf_guide import from_teacher
@@ -118,9 +150,9 @@ def test_two_processes_give_the_same_bits() -> None:
 
 def test_the_seed_affects_only_random_parameters() -> None:
     teacher = LLAMA.teacher()
-    for method, random in (("guide", False), ("uniform", False), ("random", True)):
+    for method, draws in (("guide", False), ("uniform", False), ("random", True)):
         students = [student_of(teacher, LLAMA, method={"method": method, "seed": seed}) for seed in (0, 1)]
-        assert same_bits(*students) != random, method
+        assert same_bits(*students) != draws, method
     students = [student_of(teacher, LLAMA, method={"subsequent_layers": "random", "seed": seed}) for seed in (0, 1)]
     fresh = students[0].initialization_report.randomly_initialized
     matrices = {name for name in fresh if "norm" not in name}

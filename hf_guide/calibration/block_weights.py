@@ -15,8 +15,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.initialization import no_init_weights
 
+from hf_guide.models.modes import without_initialization
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.teachers.tensor_source import TensorSource
 
@@ -54,7 +54,7 @@ class _Experts:
 
 def model_without_weights(teacher: TeacherCheckpoint) -> PreTrainedModel:
     """Return a model in evaluation mode whose parameters are on the meta device, and whose buffers are computed."""
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with init_empty_weights(include_buffers=False), without_initialization():
         model: PreTrainedModel = teacher.model_class._from_config(teacher.config, dtype=teacher.dtype)
     return model.eval()
 

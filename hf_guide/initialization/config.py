@@ -72,6 +72,8 @@ def _block_numbers(blocks: Any, option: str) -> list[int]:
     if isinstance(blocks, str) or not isinstance(blocks, Iterable):
         raise OptionError(f"{expected}{f', or one of {rules}' if '[' not in option else ''}; found {blocks!r}.")
     numbers = list(blocks)
+    if any(isinstance(number, bool) for number in numbers):  # a mask of blocks is no list of their numbers
+        raise OptionError(f"{expected}; found {numbers!r}.")
     try:
         return [operator.index(number) for number in numbers]
     except TypeError as error:

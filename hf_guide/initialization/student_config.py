@@ -232,6 +232,8 @@ def _canonical_names(
     for name, value in overrides.items():
         real = _real_name(config, name)
         if real not in known:
+            if name in keywords:
+                raise OptionError(f"{name!r} is an option of other functions, and has no effect here: leave it out.")
             names = known | config.attribute_map.keys() | set(keywords)
             near = _nested_override_hint(config, name, value) or did_you_mean(name, names)
             raise OptionError(f"{type(config).__name__} has no {name!r} to override.{near}")

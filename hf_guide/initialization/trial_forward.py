@@ -8,21 +8,19 @@ outputs are checked for finite values only.
 import contextlib
 import copy
 import inspect
-import random
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import numpy
 import torch
 import transformers
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 from transformers.utils import ModelOutput
 
 from hf_guide.errors import ShapeError
+from hf_guide.models.modes import preserved_random_state, without_initialization
 from hf_guide.models.tiny_inputs import count_positions, tiny_inputs
 from hf_guide.models.tiny_models import MODEL_ERRORS
 
@@ -176,7 +174,7 @@ def _reference_model(
 ) -> PreTrainedModel | None:
     """Return a model without weights in evaluation mode, or None where it cannot be built here."""
     try:
-        with _preserved_random_state(), no_init_weights():
+        with without_initialization():
             model = model_class._from_config(copy.deepcopy(config), dtype=dtype)
     except MODEL_ERRORS:
         return None
@@ -210,7 +208,7 @@ def _isolated_copy(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     shared = {id(parameter): parameter for parameter in model.parameters()} if size > MAX_COPIED_BYTES else {}
     read_only = _ReadOnly(set(shared)) if shared else contextlib.nullcontext()
     verbosity = transformers.logging.get_verbosity()
-    with _preserved_random_state(), warnings.catch_warnings():
+    with preserved_random_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         transformers.logging.set_verbosity_error()
         try:
@@ -221,15 +219,3 @@ def _isolated_copy(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
                 yield clone
         finally:
             transformers.logging.set_verbosity(verbosity)
-
-
-@contextlib.contextmanager
-def _preserved_random_state() -> Iterator[None]:
-    """Restore the random states of torch (CPU), NumPy and Python at the end."""
-    states = random.getstate(), numpy.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            numpy.random.set_state(states[1])

@@ -1,11 +1,14 @@
 """Run a model in evaluation mode, or build one on the meta device, for the duration of a block; restore what it was."""
 
 import contextlib
+import random
 from collections.abc import Iterator
 
+import numpy
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.initialization import no_init_weights
 
 
 @contextlib.contextmanager
@@ -55,6 +58,33 @@ def on_meta_device() -> Iterator[None]:
     """
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         yield
+
+
+@contextlib.contextmanager
+def without_initialization() -> Iterator[None]:
+    """Build models without initializing their weights; restore the random state, as some constructors draw numbers anyway.
+
+    Example:
+        >>> state = torch.get_rng_state()
+        >>> with without_initialization():
+        ...     table = nn.Parameter(torch.randn(1, 2))
+        >>> torch.equal(torch.get_rng_state(), state)
+        True
+    """
+    with preserved_random_state(), no_init_weights():
+        yield
+
+
+@contextlib.contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Restore the random states of torch (CPU), NumPy and Python at the end."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
 
 
 @contextlib.contextmanager

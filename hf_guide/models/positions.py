@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
-from hf_guide.models.modes import on_meta_device
+from hf_guide.models.modes import on_meta_device, without_initialization
 from hf_guide.models.tiny_models import MODEL_ERRORS, tiny_config
 
 _TOKEN, _OTHER_TOKEN = 9, 7
@@ -111,7 +110,7 @@ def _probe(config: PreTrainedConfig) -> TextPositions:
     mapped: Any = MODEL_MAPPING[type(config)]
     model_class = mapped[0] if isinstance(mapped, tuple) else mapped
     try:
-        with on_meta_device(), no_init_weights():
+        with on_meta_device(), without_initialization():
             model = model_class._from_config(config)
     except MODEL_ERRORS:
         return TextPositions()
@@ -182,7 +181,7 @@ class _TinyModel:
 
     def __init__(self, model_class: type[PreTrainedModel], config: PreTrainedConfig, pad: int):
         tiny = tiny_config(config, pad_token_id=pad, **_ONE_BLOCK)
-        with no_init_weights():  # lookups do not depend on the weights
+        with without_initialization():  # lookups do not depend on the weights
             self.model = model_class._from_config(tiny).float().eval()
         self.pad = pad
         self.tokens = int(getattr(tiny.get_text_config(), "vocab_size", 0) or 0)

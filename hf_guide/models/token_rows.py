@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.initialization import no_init_weights
 
 from hf_guide.errors import ShapeError, VocabularyError
 from hf_guide.models.adapters import has_adapter, without_adapter
 from hf_guide.models.model_classes import meta_model
+from hf_guide.models.modes import without_initialization
 
 _TOKEN_FIELD = re.compile(r"(^|_)token_(id|ids|index)$")
 _ID_LISTS = ("suppress_tokens", "begin_suppress_tokens")
@@ -200,7 +200,7 @@ def select_token_rows(model: PreTrainedModel, kept_ids: Sequence[int]) -> PreTra
         )
     config = reduced_config(model.config, kept_ids)
     axes = vocabulary_axes(type(model), model.config)
-    with no_init_weights():
+    with without_initialization():
         small = type(model)._from_config(
             config, dtype=model.dtype, attn_implementation=model.config._attn_implementation
         )

@@ -264,7 +264,7 @@ class ShapeEnumerator:
         several = (
             " No shape has both sizes at once: give one of them, or others."
             if len(self._targets(budget)) > 1
-            else " Sizes between these are too far apart: fix fewer of them."
+            else f" Sizes between these are too far apart{': fix fewer of them' if self.fixed else ''}."
             if low <= self._targets(budget)[0] <= high
             else ""
         )
@@ -292,18 +292,24 @@ def fits_budget(budget: Budget, parameters: Any, active: Any, memory: Any) -> An
     return fits
 
 
-def cache_width(layout: Layout, config: Any, *, caches: bool) -> int:
+def cache_width(layout: Layout, config: Any, *, caches: bool, required: bool) -> int:
     """Return how many numbers the key-value cache holds for a position, per key/value head and block; 0 without a cache.
 
     An encoder-decoder's is twice that of its self-attention: cross-attention keeps as much. Windows of attention, which bound
     the cache, are not taken into account.
 
+    Args:
+        layout: Of the family.
+        config: The teacher's.
+        caches: Whether the student keeps a cache.
+        required: Whether a budget depends on it; otherwise it is 0 too where the layout does not name heads, as Mamba's.
+
     Raises:
-        ShapeError: The layout does not name heads.
+        ShapeError: It is required, and the layout does not name heads.
     """
-    if not caches:
-        return 0
     sizes = config_sizes(layout, config)
+    if not caches or ("k_dim" not in sizes and not required):
+        return 0
     if "k_dim" not in sizes or "head_dim" not in sizes:
         raise ShapeError(
             f"memory= needs the size of the key-value cache, which the layout of {layout.family!r} does not give: use "

@@ -155,11 +155,10 @@ def find_size_fields(probe: ModelProbe) -> SizeFields:
 
 
 def _check_enumerable(layout: Layout, config: PreTrainedConfig) -> None:
-    advice = "Pass the sizes themselves, such as hidden_size= and num_hidden_layers=."
     if is_blocks_only(layout):
         raise LayoutError(
             f"The axes of {config.model_type!r} are not known, so its shapes cannot be enumerated for a budget: only "
-            f"its blocks can be chosen. {advice}"
+            "its blocks can be chosen. Pass how many it has, such as num_hidden_layers=."
         )
     nested = [
         name for name, value in vars(config).items() if isinstance(value, PreTrainedConfig) and _has_sizes(value)
@@ -167,7 +166,7 @@ def _check_enumerable(layout: Layout, config: PreTrainedConfig) -> None:
     if nested:
         raise LayoutError(
             f"{config.model_type!r} is made of several models ({', '.join(nested)}), and shapes are enumerated for models of "
-            f"one config. {advice}"
+            f"one config. Pass the sizes themselves, such as {nested[0]}={{'num_hidden_layers': ...}}."
         )
     stages = [
         name for name in ("depths", "hidden_sizes", "embed_dims") if isinstance(vars(config).get(name), (list, tuple))
@@ -175,7 +174,7 @@ def _check_enumerable(layout: Layout, config: PreTrainedConfig) -> None:
     if stages:
         raise LayoutError(
             f"{config.model_type!r} has stages of several widths ({', '.join(stages)}), and shapes are enumerated for stacks "
-            f"of one width. {advice}"
+            f"of one width. Pass the sizes themselves, such as {stages[0]}=[...]."
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_guide.calibration.batches import Batch, first_rows, iter_rows
 from hf_guide.calibration.block_weights import BlockWeights
@@ -93,6 +93,7 @@ class CalibratedScorer:
         resolve: Returns the student of overrides, with the blocks that an influence selects.
         folder: Where statistics and scores are saved and continued from; None for nowhere.
         search_steps: Steps of distillation of the whole starts, a calibration batch each; None for none.
+        positions_of: A config with as many positions as every shape; None where they have the teacher's.
 
     Raises:
         OptionError: The outputs of the task cannot be compared, or there is too little data to hold some out.
@@ -106,8 +107,11 @@ class CalibratedScorer:
         resolve: "Callable[[Mapping[str, Any], Any], StudentShape]",
         folder: Path | None,
         search_steps: int | None = None,
+        *,
+        positions_of: PreTrainedConfig | None = None,
     ):
         self.setup, self.config, self.resolve, self.search_steps = setup, config, resolve, search_steps
+        self.positions_of = positions_of
         self.comparison = OutputComparison(
             setup,
             what="Shapes",
@@ -165,10 +169,17 @@ class CalibratedScorer:
         dataset = setup.calibration_dataset
         if is_self_generated(dataset):
             text = generate_calibration_text(
-                teacher, setup.teacher, config, num_tokens=num_tokens, show_progress=setup.show_progress
+                teacher,
+                setup.teacher,
+                config,
+                num_tokens=num_tokens,
+                student=self.positions_of,
+                show_progress=setup.show_progress,
             )
             dataset = [{"input_ids": rows} for rows in text.split(config.calibration_batch_size)]
-        batches = load_calibration_batches(dataset, teacher, setup.teacher, config, num_tokens=num_tokens, **setup.hub)
+        batches = load_calibration_batches(
+            dataset, teacher, setup.teacher, config, num_tokens=num_tokens, student=self.positions_of, **setup.hub
+        )
         fitted, rows = split_examples(batches, HELD_OUT_SHARE)
         if len(fitted) < rank_and_world_size()[1]:
             raise OptionError(

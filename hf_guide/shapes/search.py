@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.calibration.vocabulary import ReducedVocabulary, change_vocabulary, vocabulary_reducer
 from hf_guide.errors import HfGuideError, OptionError, ShapeError
@@ -90,13 +90,20 @@ class ShapeSearch:
         if not isinstance(self.method, CalibratedMethod):
             return candidates
         folder = search_folder(self.setup.calibration_cache_dir, SEARCH_FOLDER)
-        scorer = CalibratedScorer(self.setup, self.method.config, self.resolve, folder, self.search_steps)
+        scorer = CalibratedScorer(
+            self.setup, self.method.config, self.resolve, folder, self.search_steps, positions_of=self.fixed_config
+        )
         return scorer.rank(candidates)
+
+    @property
+    def fixed_config(self) -> PreTrainedConfig:
+        """Return the teacher's config with the fields that every student changes."""
+        check_requested_sizes(self.teacher.config, self.overrides)
+        return derive_student_config(self.teacher.config, self.overrides, keywords=self.keywords)
 
     def candidates(self) -> list[ShapeCandidate]:
         """Return at most `limit` shapes by their rule score, none like another, counted exactly."""
-        check_requested_sizes(self.teacher.config, self.overrides)
-        derived = derive_student_config(self.teacher.config, self.overrides, keywords=self.keywords)
+        derived = self.fixed_config
         student_class = self.setup.model_class
         names = self.teacher.config.attribute_map
         fixed = {names.get(name, name): value for name, value in self.overrides.items()}
@@ -112,7 +119,10 @@ class ShapeSearch:
         probe = ModelProbe(
             self.teacher, student_class, {name: value for name, value in changes.items() if name not in roles}
         )
-        width = cache_width(self.setup.layout, self.teacher.config, caches=student_class.can_generate())
+        is_of_memory = self.budget.memory is not None
+        width = cache_width(
+            self.setup.layout, self.teacher.config, caches=student_class.can_generate(), required=is_of_memory
+        )
         counter = ParameterCounter(probe, fields)
         sizes = {name: size for name in roles if isinstance(size := vars(derived).get(name), int)}
         enumerator = ShapeEnumerator(fields, counter, fixed, sizes, self.setup.dtype.itemsize, width)
@@ -129,6 +139,7 @@ class ShapeSearch:
         scores = rule_scores(grid.sizes, fields)
         skipped, tried = np.zeros(len(grid), dtype=bool), 0
         found: list[ShapeCandidate] = []
+        planned: list[Collection[str]] = []
         rejection = "The family allows none of their widths with their numbers of heads."
         names = [
             each.name
@@ -146,7 +157,7 @@ class ShapeSearch:
                 continue
             tried += 1
             try:
-                found.append(self._count(enumerator, grid, index, float(scores[index]), probe.model_class))
+                found.append(self._count(enumerator, grid, index, float(scores[index]), probe.model_class, planned))
             except HfGuideError as error:
                 rejection = f"The last one that was tried: {error}"
                 continue
@@ -176,11 +187,17 @@ class ShapeSearch:
         index: int,
         score: float,
         student_class: type[PreTrainedModel],
+        planned: list[Collection[str]],
     ) -> ShapeCandidate:
         """Return one shape, counted exactly.
 
+        Args:
+            enumerator, grid, index, score, student_class: The shape.
+            planned: Sets of fields of which a shape that changes them was planned: which axes may be shortened does not
+                depend on by how much. The shape's own is added.
+
         Raises:
-            HfGuideError: The family rejects it, or it is outside the budget.
+            HfGuideError: The family rejects it, the teacher's weights cannot make it, or it is outside the budget.
         """
         fields, fixed = enumerator.fields, enumerator.fixed
         overrides = overrides_of(grid, index, fields, fixed)
@@ -197,6 +214,10 @@ class ShapeSearch:
                 f"It has {format_count(cost['parameters'])} parameters, because its blocks are of several kinds, or its "
                 "depths differ."
             )
+        if self.method.requires_layout and overrides.keys() not in planned:
+            options = self.resolve(overrides, None).plan_options(self.setup.options)
+            dataclasses.replace(self.setup, config=config, options=options).plan(model)
+            planned.append(overrides.keys())
         return ShapeCandidate(
             overrides=overrides,
             parameters=cost["parameters"],

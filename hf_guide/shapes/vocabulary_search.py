@@ -70,7 +70,9 @@ def choose_vocab_size(
         if num_tokens is not None:  # of the same text
             ratio = vocabulary.facts["token_ratio"]
             config = dataclasses.replace(config, calibration_tokens=round(num_tokens * ratio))
-        scorer = CalibratedScorer(search.setup, config, search.resolve, folder_of(size))
+        scorer = CalibratedScorer(
+            search.setup, config, search.resolve, folder_of(size), positions_of=search.fixed_config
+        )
         if num_tokens is None:
             num_tokens = scorer.num_tokens / vocabulary.facts["token_ratio"]
         bits[size] = scorer.bits_per_byte(candidate, vocabulary.tokenizer)

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, SegformerConfig, SegformerForImageClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    SegformerConfig,
+    SegformerForImageClassification,
+)
 
 from hf_guide import find_shapes, from_teacher
 from hf_guide.errors import LayoutError, OptionError, ShapeError
@@ -135,6 +142,34 @@ def test_the_report_states_the_parameters_without_the_outputs_of_subclasses():
         f"{student.num_parameters() / 1000:.1f} K parameters ({counted / 1000:.1f} K with one output per class, as the"
     )
     assert expected in student.initialization_report.shape_choice
+
+
+def test_every_student_has_the_positions_that_the_data_need():
+    """Rows longer than the students' positions are an error before the teacher runs; text is cut, as in `from_teacher`."""
+    rows = [{"input_ids": torch.randint(3, 96, (40, 32), generator=torch.Generator().manual_seed(0))}]
+    for kind, field in (("gpt2", "n_positions"), ("bert", "max_position_embeddings")):
+        with pytest.raises(OptionError, match="rows of 32 tokens in input_ids, and the student has 16 positions"):
+            shapes_of(KINDS[kind].teacher(), num_parameters="50%", calibration_dataset=rows, **{field: 16})
+    shorter = [{"input_ids": rows[0]["input_ids"][:, :16]}]
+    (shape,) = shapes_of(KINDS["gpt2"].teacher(), num_parameters="50%", calibration_dataset=shorter, n_positions=16)
+    assert shape.loss is not None
+
+
+def test_only_shapes_that_the_method_can_make_of_the_weights_are_found():
+    """Of Mamba blocks alone: its state-space parameters have the teacher's size. It has no key-value cache either."""
+    sizes = {"vocab_size": 2048, "hidden_size": 256, "state_size": 8}
+    teacher = MambaForCausalLM(MambaConfig(**sizes, num_hidden_layers=6))
+    budget = MambaForCausalLM(MambaConfig(**sizes, num_hidden_layers=4)).num_parameters()
+    (shape,) = shapes_of(teacher, num_parameters=budget)
+    assert shape.overrides == {"num_hidden_layers": 4} and shape.memory == 4 * shape.parameters
+    assert from_teacher(teacher, show_progress=False, **shape.overrides).num_parameters() == budget
+    with pytest.raises(ShapeError, match="None of the .* can be made of this teacher.*must be the teacher's 512"):
+        shapes_of(teacher, num_parameters="50%")
+    (shape,) = shapes_of(teacher, num_parameters="50%", method="random")
+    student = from_teacher(teacher, method="random", show_progress=False, **shape.overrides)
+    assert student.num_parameters() == shape.parameters
+    with pytest.raises(ShapeError, match="memory= needs the size of the key-value cache"):
+        shapes_of(teacher, memory="5MB")
 
 
 def test_families_whose_shapes_cannot_be_enumerated_are_refused():
