@@ -116,7 +116,7 @@ class QuickstartArguments:
         default=None,
         metadata={
             "help": f"training tokens that calibrated runs the teacher on (default: {BRIEF['calibration_tokens']}; "
-            "--full: ten per neuron of the teacher's MLP)"
+            "--full: twenty per neuron of the teacher's MLP)"
         },
     )
     kd_weight: float = field(default=0.5, metadata={"help": "weight of the distillation loss, between 0 and 1"})

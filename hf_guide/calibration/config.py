@@ -99,7 +99,7 @@ class CalibratedConfig(InitializationConfig):
     calibration_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Number of tokens of the calibration dataset to use. None is ten for each neuron of the "
+            "help": "Number of tokens of the calibration dataset to use. None is twenty for each neuron of the "
             "teacher's MLP, from 8,192 to 65,536."
         },
     )
