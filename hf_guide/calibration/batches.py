@@ -15,6 +15,7 @@ Batch = dict[str, Tensor]
 DEFAULT_PATCH_SIDE = 16
 CONTEXT, HASH_FACTOR = 8, 6364136223846793005
 _MASKS = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+_TEXT_INPUTS = {*_MASKS, *_MASKS.values(), "position_ids", "token_type_ids"}
 
 
 def num_rows(batch: Batch) -> int | None:
@@ -97,9 +98,10 @@ def padding_mask(batch: Batch, ids: str = "input_ids") -> Tensor | None:
 
 
 def count_contexts(batches: Iterable[Batch]) -> int | None:
-    """Return how many tokens of all batches differ in themselves or in one of the seven before them; None without tokens.
+    """Return how many tokens of all batches differ in themselves or in one of the seven before them.
 
-    Hidden states of tokens that do not differ are nearly the same, and a fit learns nothing from the second.
+    Hidden states of tokens that do not differ are nearly the same, and a fit learns nothing from the second. None where they
+    depend on more than text, as on an image.
 
     Example:
         >>> count_contexts([{"input_ids": torch.arange(32).expand(4, 32)}])
@@ -107,6 +109,8 @@ def count_contexts(batches: Iterable[Batch]) -> int | None:
     """
     hashes: list[Tensor] = []
     for batch in batches:
+        if not batch.keys() <= _TEXT_INPUTS:
+            return None
         for name in _MASKS.keys() & batch.keys():
             ids = batch[name].reshape(-1, batch[name].shape[-1]).long()
             padded, mask = torch.nn.functional.pad(ids + 1, (CONTEXT - 1, 0)), padding_mask(batch, name)

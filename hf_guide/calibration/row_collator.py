@@ -16,15 +16,14 @@ from hf_guide.chat.packing import split_packed
 from hf_guide.errors import OptionError
 from hf_guide.utils.labels import IGNORE_INDEX
 
-SOUND_INPUTS = ("input_features", "input_values")
-MAIN_INPUTS = ("input_ids", "pixel_values", *SOUND_INPUTS)
+MAIN_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
 """The columns by which rows are known, the first of a row's."""
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def row_axes(column: str, config: PreTrainedConfig) -> int:
-    """Return how many axes a main input has in one row: a waveform has one, and two where the model takes its spectrogram.
+    """Return how many axes a main input has in one row: a waveform has one, and its spectrogram two, or three in CLAP.
 
     Example:
         >>> from transformers import ViTConfig
@@ -32,8 +31,10 @@ def row_axes(column: str, config: PreTrainedConfig) -> int:
         3
     """
     if column == "input_values":
-        return 2 if hasattr(config, "num_mel_bins") else 1
-    return {"input_ids": 1, "pixel_values": 3, "input_features": 2}[column]
+        return 2 if hasattr(config, "num_mel_bins") else 1  # as an AST has
+    if column == "input_features":
+        return 3 if config.model_type.startswith("clap") else 2
+    return {"input_ids": 1, "pixel_values": 3}[column]
 
 
 def num_axes(value: Any) -> int:
@@ -109,8 +110,11 @@ class RowCollator:
 
     def _join(self, rows: Rows, column: str) -> Batch:
         """Return the batch of rows that have a main input."""
-        batch = self._pad_ids(rows) if column == "input_ids" else {column: _stack(rows, column)}
-        return {**batch, **_token_labels(rows), **self._other_inputs(rows, {column, *batch, "attention_mask"})}
+        if column == "input_ids":
+            batch, present = self._pad_ids(rows), {"input_ids", "attention_mask"}
+        else:
+            batch, present = {column: _stack(rows, column)}, {column}
+        return {**batch, **_token_labels(rows), **self._other_inputs(rows, present)}
 
     def _pad_ids(self, rows: Rows) -> Batch:
         """Return ids padded on the right, with a mask where there is padding.
@@ -148,7 +152,7 @@ class RowCollator:
 
         Args:
             rows: The rows.
-            present: The inputs that the batch has already.
+            present: The inputs that the batch has already, or does not need.
 
         Raises:
             OptionError: Some rows have an input and others do not, or it has several shapes; names it.

@@ -5,10 +5,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForMultipleChoice, Wav2Vec2Config, Wav2Vec2ForCTC
+from transformers import (
+    ASTConfig,
+    BertConfig,
+    BertForMultipleChoice,
+    ClapAudioConfig,
+    LlamaConfig,
+    ViTConfig,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WhisperConfig,
+)
 
 from hf_guide import OptionError, from_teacher
 from hf_guide.calibration.batches import count_contexts, count_rows, count_tokens, padding_mask
+from hf_guide.calibration.row_collator import num_axes, row_axes
 from tests.calibration.test_data import are_equal, load, table
 from tests.tiny import KINDS
 
@@ -114,6 +125,32 @@ def test_waveforms_in_any_form(form: str) -> None:
     assert are_equal(found, [{"input_values": half} for half in torch.from_numpy(SOUNDS).split(4)])
 
 
+def test_a_mask_of_waveforms_is_used() -> None:
+    teacher = Wav2Vec2ForCTC(Wav2Vec2Config(hidden_size=32, num_hidden_layers=1, num_attention_heads=2))
+    masks = (torch.arange(400) < torch.tensor([[400], [300]] * 4)).long()
+    rows = [
+        {"input_values": sound, "attention_mask": mask} for sound, mask in zip(SOUNDS, masks.tolist(), strict=True)
+    ]
+    found = load(teacher, rows)
+    assert torch.equal(torch.cat([batch["attention_mask"] for batch in found]), masks)
+
+
+@pytest.mark.parametrize(
+    ("config", "column", "shape"),
+    [
+        (ASTConfig(), "input_values", (8, 4)),
+        (WhisperConfig(), "input_features", (4, 8)),
+        (ClapAudioConfig(), "input_features", (1, 8, 4)),
+        (ViTConfig(), "pixel_values", (3, 8, 8)),
+        (Wav2Vec2Config(), "input_values", (8,)),
+        (LlamaConfig(), "input_ids", (8,)),
+    ],
+    ids=lambda each: getattr(each, "model_type", str(each)),
+)
+def test_a_row_has_the_axes_of_its_family(config: Any, column: str, shape: tuple[int, ...]) -> None:
+    assert num_axes(np.zeros(shape).tolist()) == num_axes(torch.zeros(shape)) == row_axes(column, config)
+
+
 def test_a_context_is_a_token_and_seven_before_it() -> None:
     period = torch.arange(4).repeat(16)
     assert count_contexts([{"input_ids": period.expand(3, 64)}]) == 4 + 7
@@ -121,7 +158,9 @@ def test_a_context_is_a_token_and_seven_before_it() -> None:
     shorter = {"input_ids": IDS, "attention_mask": (torch.arange(16) < 9).long().expand(16, 16)}
     assert count_contexts([shorter]) == 16 * 9
     assert count_contexts([{"input_ids": IDS[:1], "decoder_input_ids": IDS[1:2]}]) == 32
-    assert count_contexts([{"pixel_values": torch.zeros(1, 3, 16, 16)}]) is None
+    images = {"pixel_values": torch.zeros(16, 3, 16, 16)}
+    for of_images in ([images], [{"input_ids": IDS, **images}], [{"input_ids": IDS}, {"input_ids": IDS, **images}]):
+        assert count_contexts(of_images) is None
 
 
 def test_repeated_text_is_no_more_text() -> None:
