@@ -37,7 +37,7 @@ def fit_activation_bases(
 
 
 def check_enough_tokens(plan: Plan, statistics: ActivationStatistics, num_contexts: int | None) -> list[str]:
-    """Return notes on axes for whose width there are few different tokens.
+    """Return notes on axes for whose width there are few different tokens, and on text that is repeated.
 
     Args:
         plan: The plan.
@@ -65,4 +65,6 @@ def check_enough_tokens(plan: Plan, statistics: ActivationStatistics, num_contex
                 f"{found}: with fewer than {FEW_TOKENS} for each direction the student may start worse than by "
                 "method='guide'. Pass more text."
             )
+        elif 2 * different < num_tokens:
+            notes.append(f"{found}: what is repeated adds nothing to the fits. Pass more varied text.")
     return notes

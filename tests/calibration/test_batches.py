@@ -179,3 +179,5 @@ def test_repeated_text_is_no_more_text() -> None:
     assert not calibrated(IDS)
     (note,) = calibrated(IDS[:4].repeat(4, 1))
     assert "64 are not repeated" in note and "may start worse" in note
+    (note,) = calibrated(IDS.repeat(3, 1), calibration_tokens=768)
+    assert "768 tokens, of which 256 are not repeated" in note and "adds nothing" in note
