@@ -124,7 +124,7 @@ def default_num_tokens(num_neurons: int) -> int:
     A student of a Llama of 192 neurons ended alike after full training whether 2,048, 4,096, 8,192 or 16,384 were used
     (initialization_comparison.py, three seeds, within 0.6 perplexities), so the minimum is for short training. Of
     SmolLM2-135M, which has 1,536, students trained on some 50,000 to 100,000 tokens ended 5 % better with ten per neuron than
-    with five, and 2 % better with twenty than with ten (student_shapes.py), for which the start takes 1.6 times as long.
+    with five, and 2 % better with twenty than with ten (two seeds), for which the start takes 1.6 times as long.
 
     Example:
         >>> default_num_tokens(192), default_num_tokens(1536)
