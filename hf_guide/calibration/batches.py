@@ -74,8 +74,9 @@ def count_rows(batch: Batch, tokens: float, config: PreTrainedConfig) -> int | N
     rows, mask = num_rows(batch), padding_mask(batch)
     if rows is None:
         return None
-    lengths = torch.full((rows,), count_tokens(batch, config) / rows)
-    if mask is not None:
+    if mask is None:
+        lengths = torch.full((rows,), count_tokens(batch, config) / rows)
+    else:
         lengths = mask.reshape(rows, -1).sum(1)
     return min(rows, int((lengths.cumsum(0) < tokens).sum()) + 1)
 
@@ -95,6 +96,17 @@ def padding_mask(batch: Batch, ids: str = "input_ids") -> Tensor | None:
     """
     mask = batch.get(_MASKS[ids])
     return None if mask is None or mask.ndim > 3 else mask.reshape(-1, mask.shape[-1])
+
+
+def unpadded_ids(batch: Batch) -> Tensor:
+    """Return the token ids of a batch without its padding, (tokens,).
+
+    Example:
+        >>> unpadded_ids({"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])})
+        tensor([5, 6])
+    """
+    ids, mask = batch["input_ids"].flatten(), padding_mask(batch)
+    return ids if mask is None else ids[mask.flatten().bool()]
 
 
 def count_contexts(batches: Iterable[Batch]) -> int | None:

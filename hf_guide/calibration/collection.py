@@ -44,8 +44,8 @@ class CalibrationResult:
         statistics: The statistics of its activations.
         seconds: How long it took.
         self_generated: Whether the teacher generated the text.
-        num_contexts: How many of all processes' tokens differ in themselves or in those shortly before them; None if they are
-            no tokens.
+        num_contexts: How many of all processes' tokens differ in themselves or in those shortly before them; None where they
+            depend on more than text.
         checkpoint: Where later steps are saved and continued from.
         block_selections: By stack, the blocks that were chosen as a set, where that is how they are selected.
         notes: Why blocks were selected in another way than was asked for.

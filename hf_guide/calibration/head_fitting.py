@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from hf_guide.calibration.batches import Batch, count_rows, first_rows
+from hf_guide.calibration.batches import Batch, count_rows, first_rows, unpadded_ids
 from hf_guide.calibration.forward import drop_padding
 from hf_guide.calibration.least_squares import (
     NormalEquations,
@@ -382,7 +382,6 @@ def count_token_ids(batches: Sequence[Batch], vocab_size: int) -> Tensor:
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     for batch in batches:
         if "input_ids" in batch:
-            tokens = drop_padding(batch["input_ids"][..., None], batch).flatten()
-            counts += torch.bincount(tokens, minlength=vocab_size)[:vocab_size]
+            counts += torch.bincount(unpadded_ids(batch), minlength=vocab_size)[:vocab_size]
     all_reduce_sum_([counts])
     return counts

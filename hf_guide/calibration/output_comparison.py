@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.calibration.batches import Batch, iter_rows, padding_mask
+from hf_guide.calibration.batches import Batch, iter_rows, unpadded_ids
 from hf_guide.calibration.forward import forward_without_cache
 from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
@@ -170,9 +170,8 @@ def causal_loss(logits: Tensor, row: Batch) -> Tensor:
         logits: (tokens, vocabulary), of the tokens that are not padding.
         row: The inputs of one row.
     """
-    ids, mask = row["input_ids"].flatten(), padding_mask(row)
-    ids = ids if mask is None else ids[mask.flatten().bool()]
-    return torch.nn.functional.cross_entropy(logits[:-1], ids[1:].to(logits.device), reduction="none")
+    targets = unpadded_ids(row)[1:].to(logits.device)
+    return torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="none")
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -58,8 +58,8 @@ def rows_with(rows: Iterable[Any], column: str) -> Iterator[Mapping[str, Any]]:
     """
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping) or column not in row:
-            columns = sorted(map(str, row)) if isinstance(row, Mapping) else None
-            found = f"is a {type(row).__name__}" if columns is None else f"has the columns {columns}"
+            is_row = isinstance(row, Mapping)
+            found = f"has the columns {sorted(map(str, row))}" if is_row else f"is a {type(row).__name__}"
             raise OptionError(
                 f"Item {number} of calibration_dataset {found}, and the first one has {column}: pass rows, or batches, "
                 "that all have the same columns."

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_guide.calibration.batches import Batch, first_rows, iter_rows
+from hf_guide.calibration.batches import Batch, first_rows, iter_rows, unpadded_ids
 from hf_guide.calibration.block_weights import BlockWeights
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration, running_teacher
 from hf_guide.calibration.config import CalibratedConfig
@@ -28,7 +28,7 @@ from hf_guide.calibration.data import (
     is_self_generated,
     load_calibration_batches,
 )
-from hf_guide.calibration.forward import calibration_mode, drop_padding, running_device
+from hf_guide.calibration.forward import calibration_mode, running_device
 from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.output_comparison import OutputComparison
@@ -155,7 +155,7 @@ class CalibratedScorer:
     def bits_per_byte(self, candidate: ShapeCandidate, tokenizer: PreTrainedTokenizerBase) -> float:
         """Return the bits that a causal model's quick start needs for a byte of the text held out."""
         # The loss is a mean over these tokens: without padding and the first one, which nothing predicts.
-        rows = [drop_padding(row["input_ids"][..., None], row).flatten()[1:] for row in self.held_out]
+        rows = [unpadded_ids(row)[1:] for row in self.held_out]
         num_bytes = sum(len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode()) for ids in rows)
         return self._losses(candidate, quick=True)[0] * sum(map(len, rows)) / max(num_bytes, 1) / math.log(2)
 
