@@ -212,6 +212,8 @@ class _Search:
         for final in finals:
             differences.append(self.comparison.all_differences(self._outputs(final), reference))
             return_freed_memory()  # logits over a large vocabulary
+        if self.sample.weights is not None:
+            self.sample.weights.unload_mapped()
         return self._means(differences)
 
     def remove(self, by_influence: Sequence[int], influence: Tensor, *, show_progress: bool) -> BlockSelection:

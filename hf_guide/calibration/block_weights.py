@@ -1,13 +1,14 @@
 """Run a teacher that need not fit into memory: the weights of a block are there while it runs.
 
 What is outside of blocks stays: embeddings, the final norm and the head. On the CPU a weight that is stored in the dtype in
-which it is used is mapped from its file and not copied. Of a mixture one expert is in memory at a time where the module loops
-over its experts and the file stores them apart: it is read for each batch that it has tokens of.
+which it is used is mapped from its file and not copied, and what was read of it is given up after each forward pass. Of a
+mixture one expert is in memory at a time where the module loops over its experts and the file stores them apart: it is read
+for each batch that it has tokens of.
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +120,13 @@ class BlockWeights:
         for _, name in self._slots.get(id(block), ()):
             self.teacher.weights.prefetch(name)
 
+    def unload_mapped(self) -> None:
+        """Give up what was read of weights outside of blocks that are mapped from their files: they are mapped anew.
+
+        A vocabulary's tables, which a few rows or a few forward passes have read, would stay in memory otherwise.
+        """
+        self._assign([(slot, name) for slot, name in self._slots.get(None, []) if self._is_mapped(slot, name)])
+
     def hold_all(self) -> None:
         """Keep the weights of all blocks in memory from now on."""
         for block in self._blocks:
@@ -144,8 +152,10 @@ class BlockWeights:
 
     def _load(self, block: nn.Module | None) -> None:
         self.teacher.weights.check_unchanged()  # a mapped file that became shorter would end the process
+        self._assign(self._slots.get(None if block is None else id(block), []))
+
+    def _assign(self, slots: Sequence[tuple[_Slot, str]]) -> None:
         loaded: dict[str, Tensor] = {}
-        slots = self._slots.get(None if block is None else id(block), [])
         names = self.teacher.weights.in_file_order(dict.fromkeys(name for _, name in slots))
         order = {name: position for position, name in enumerate(names)}
         for slot, name in sorted(slots, key=lambda each: order[each[1]]):
@@ -158,6 +168,10 @@ class BlockWeights:
                 tensor = self.teacher.weights.get(name).to(self.device, meta.dtype)
                 loaded[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(meta, nn.Parameter) else tensor
             slot.assign(loaded[name])
+
+    def _is_mapped(self, slot: _Slot, name: str) -> bool:
+        weights = self.teacher.weights
+        return self.device.type == "cpu" and weights.maps(name) and weights.dtype(name) == self._meta[slot].dtype
 
     def _has_expert_loop(self, slot: _Slot) -> bool:
         """Return whether a tensor of experts is of a class that Transformers' `use_experts_implementation` decorates."""

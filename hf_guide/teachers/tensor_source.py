@@ -41,6 +41,10 @@ class TensorSource(Protocol):
         """Return whether `rows` reads nothing else of a tensor."""
         return False
 
+    def maps(self, name: str) -> bool:
+        """Return whether `get` maps a tensor from its file, and does not copy it."""
+        return False
+
     def prefetch(self, name: str) -> None:
         """Have the system read a tensor that is needed soon, and return at once."""
         return
@@ -307,6 +311,10 @@ class SafetensorsTensors(TensorSource):
     def reads_rows(self, name: str) -> bool:
         """Return whether some rows of a tensor are stored by themselves."""
         return self._tensors[name].has_rows
+
+    def maps(self, name: str) -> bool:
+        """Return whether a tensor is stored as it is in the model."""
+        return isinstance(self._tensors[name], StoredTensor)
 
     def prefetch(self, name: str) -> None:
         """Have the system read a tensor into its page cache."""

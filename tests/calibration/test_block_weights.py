@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_guide import OptionError, TeacherError, from_teacher
@@ -21,7 +22,7 @@ from hf_guide.calibration import collection, resume, streams
 from hf_guide.calibration.block_weights import BlockWeights, model_without_weights
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.recorded_inputs import InputRecorder
-from hf_guide.calibration.sequential import SequentialModel
+from hf_guide.calibration.sequential import SequentialBlocks, SequentialModel
 from hf_guide.calibration.streams import Streams, StreamStore
 from hf_guide.teachers.checkpoint import open_teacher
 from hf_guide.teachers.tensor_source import SafetensorsTensors
@@ -104,6 +105,42 @@ def test_one_block_is_in_memory_at_a_time_and_read_once_per_pass(
     make_student(tmp_path)
     assert reads == [0, 1, 2, 3] * 3, "to verify the structure, for the statistics, and to choose the blocks"
     assert set(in_memory) == {0}
+
+
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/smaps"), reason="the memory of a mapped file is in /proc/self/smaps"
+)
+def test_tables_that_were_read_are_not_in_memory_while_blocks_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else an untied head, which the search of the blocks reads whole, would stay to the end."""
+    shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = LlamaConfig(**shape, vocab_size=65536, tie_word_embeddings=False, pad_token_id=0)
+    teacher = LlamaForCausalLM(config)
+    teacher.save_pretrained(tmp_path)
+    table, file = teacher.lm_head.weight.nbytes, tmp_path / "model.safetensors"
+    resident: list[int] = []
+    run_block = SequentialBlocks.run_block
+
+    def measuring(self: SequentialBlocks, *args: Any) -> torch.Tensor:
+        resident.append(_resident_bytes(file))
+        return run_block(self, *args)
+
+    monkeypatch.setattr(SequentialBlocks, "run_block", measuring)
+    make_student(tmp_path, token_batches(2))
+    assert max(resident) < table / 4
+
+
+def _resident_bytes(file: Path) -> int:
+    """Return how much of a mapped file is in this process's memory."""
+    counts, is_file = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split()[0]
+        if "-" in first and not first.endswith(":"):
+            is_file = line.endswith(str(file))
+        elif is_file and first == "Rss:":
+            counts += int(line.split()[1]) * 1024
+    return counts
 
 
 def test_of_a_mixture_one_expert_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
