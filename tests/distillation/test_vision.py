@@ -1,8 +1,9 @@
 """Vision models as Transformers' example scripts train them: real processors, their collators, and a student that loads stock.
 
-Every family is distilled for two steps; all students are then loaded by the snippets of their cards in one fresh process.
+Families are distilled for two steps; all students are then loaded by the snippets of their cards in one fresh process.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -223,49 +224,58 @@ FAMILIES = {
 
 
 @pytest.fixture(scope="module")
-def students(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Return the folder of each family's student after two steps."""
-    root, folders = tmp_path_factory.mktemp("vision"), {}
-    for name, family in FAMILIES.items():
-        torch.manual_seed(0)
-        model_class = getattr(transformers, family.model_class)
-        model_class(model_class.config_class(**family.config)).save_pretrained(root / f"{name} teacher")
-        processor = family.processor()
-        processor.save_pretrained(root / f"{name} teacher")
-        data = family.data(processor)
-        trainer = DistillationTrainer(
-            {**family.smaller},
-            teacher=str(root / f"{name} teacher"),
-            args=DistillationArguments(
-                str(root / name),
-                losses=family.losses,
-                max_steps=2,
-                per_device_train_batch_size=3,
-                per_device_eval_batch_size=3,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                use_cpu=True,
-                disable_tqdm=True,
-                remove_unused_columns=False,
-            ),
-            train_dataset=data,
-            eval_dataset=data[:3],
-            processing_class=processor,
-            data_collator=family.collate,
-        )
-        trainer.train()
-        measured = trainer.evaluate()
-        trainer.save_model()
-        trainer.create_model_card()
-        (root / name / "measured.json").write_text(json.dumps({"eval": measured, "log": trainer.state.log_history}))
-        folders[name] = root / name
-    return folders
+def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return what gives the folder of a family's student after two steps; each is made once."""
+    root = tmp_path_factory.mktemp("vision")
+
+    @functools.cache
+    def folder(name: str) -> Path:
+        distil(FAMILIES[name], root / f"{name} teacher", root / name)
+        return root / name
+
+    return folder
 
 
+def distil(family: Family, teacher: Path, output: Path) -> None:
+    """Distil a family's tiny teacher for two steps; save both, the student's card and what was logged."""
+    torch.manual_seed(0)
+    model_class = getattr(transformers, family.model_class)
+    model_class(model_class.config_class(**family.config)).save_pretrained(teacher)
+    processor = family.processor()
+    processor.save_pretrained(teacher)
+    data = family.data(processor)
+    trainer = DistillationTrainer(
+        {**family.smaller},
+        teacher=str(teacher),
+        args=DistillationArguments(
+            str(output),
+            losses=family.losses,
+            max_steps=2,
+            per_device_train_batch_size=3,
+            per_device_eval_batch_size=3,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            remove_unused_columns=False,
+        ),
+        train_dataset=data,
+        eval_dataset=data[:3],
+        processing_class=processor,
+        data_collator=family.collate,
+    )
+    trainer.train()
+    measured = trainer.evaluate()
+    trainer.save_model()
+    trainer.create_model_card()
+    (output / "measured.json").write_text(json.dumps({"eval": measured, "log": trainer.state.log_history}))
+
+
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_losses_are_logged_and_finite(name: str, students: dict[str, Path]) -> None:
-    saved = json.loads((students[name] / "measured.json").read_text())
+def test_the_losses_are_logged_and_finite(name: str, student_folder: Callable[[str], Path]) -> None:
+    saved = json.loads((student_folder(name) / "measured.json").read_text())
     logged = [entry for entry in saved["log"] if "loss" in entry]
     assert len(logged) == 2
     for loss in FAMILIES[name].losses:
@@ -274,14 +284,18 @@ def test_the_losses_are_logged_and_finite(name: str, students: dict[str, Path]) 
     assert logged[0]["kd"] > 0, "a smaller student's outputs are not its teacher's"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_card_has_the_pipeline_tag_and_the_processor_is_saved(name: str, students: dict[str, Path]) -> None:
-    card = ModelCard.load(students[name] / "README.md")
+def test_the_card_has_the_pipeline_tag_and_the_processor_is_saved(
+    name: str, student_folder: Callable[[str], Path]
+) -> None:
+    student = student_folder(name)
+    card = ModelCard.load(student / "README.md")
     assert card.data.pipeline_tag == FAMILIES[name].tag
     assert "Processor.from_pretrained(" in card.text
-    teacher = students[name].parent / f"{name} teacher"
+    teacher = student.parent / f"{name} teacher"
     saved = {path.name for path in teacher.iterdir()} - {"config.json", "model.safetensors", "generation_config.json"}
-    assert saved <= {path.name for path in students[name].iterdir()}
+    assert saved <= {path.name for path in student.iterdir()}
 
 
 LOAD = """
@@ -301,8 +315,8 @@ LOAD = """
 
 
 @pytest.mark.extended
-def test_every_student_loads_by_its_cards_snippet_in_a_fresh_process(students: dict[str, Path]) -> None:
-    printed = run_python(LOAD, *students.values()).splitlines()
+def test_every_student_loads_by_its_cards_snippet_in_a_fresh_process(student_folder: Callable[[str], Path]) -> None:
+    printed = run_python(LOAD, *map(student_folder, FAMILIES)).splitlines()
     assert len(printed) == len(FAMILIES)
     for line, (name, family) in zip(printed, FAMILIES.items(), strict=True):
         assert line.startswith(f"{name} {family.model_class} "), line

@@ -1,5 +1,6 @@
 """The whole way, on a tiny teacher in seconds and on the real one in minutes."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -115,8 +116,10 @@ def check_card(card, best, teacher, random):
 def test_the_whole_way_on_a_tiny_teacher(options, capsys):
     first = quickstart(options, show_progress=False)
     check_result(first, options, capsys)
-    again = quickstart(options, show_progress=False)
-    assert [row.end for row in again] == [row.end for row in first], "the same call gives the same figures"
+    some = dataclasses.replace(options, full=False, methods=["random", "calibrated"])
+    again = quickstart(some, show_progress=False)
+    expected = {row.name: row.end for row in first if row.name in ("teacher", "random", "calibrated")}
+    assert {row.name: row.end for row in again} == expected, "an arm's figures are the same in every call"
 
 
 def test_too_little_text_is_an_error_before_any_training(options, tmp_path):
