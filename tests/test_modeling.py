@@ -33,7 +33,7 @@ def student_of(teacher: PreTrainedModel | Path, kind: Kind, **options) -> PreTra
     return from_teacher(teacher, show_progress=False, **{**kind.smaller, **options})
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(5)
 @of_every_kind
 @pytest.mark.parametrize("method", ["guide", "uniform", "random"])
 def test_a_student_is_what_from_config_builds(kind: Kind, method: str) -> None:
@@ -113,6 +113,7 @@ VIT = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("method", ["guide", "uniform", "random", "calibrated"])
 @pytest.mark.parametrize("family", [ViTConfig, Dinov2Config, BeitConfig])
 def test_families_whose_constructors_draw_numbers_leave_the_random_state(family: Any, method: str) -> None:
@@ -167,7 +168,7 @@ def test_random_is_what_from_config_draws() -> None:
         assert same_bits(student, getattr(transformers, kind.auto_class).from_config(student.config))
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @of_every_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["guide", "uniform"])

@@ -128,7 +128,7 @@ def test_a_head_follows_the_names_of_its_labels(
     torch.testing.assert_close(logits(student), logits(teacher)[..., places])
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(6)
 @EVERY
 @pytest.mark.parametrize("changed", [{"id2label": {0: "cat", 1: "dog", 2: "bird"}}, {"num_labels": 5}], ids=str)
 def test_a_head_for_other_labels_is_new(
@@ -146,7 +146,7 @@ def test_a_head_for_other_labels_is_new(
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in student.state_dict().items())
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @EVERY
 def test_a_narrower_student_with_its_head_loads_as_the_stock_class(
     name: str, config: dict[str, Any], tmp_path: Path

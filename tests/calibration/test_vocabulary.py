@@ -144,6 +144,7 @@ WRITTEN = [
 WITHOUT_SPACES = {"a word": ["the"], "words": ["thestudent", "teacher"], "Chinese": ["学生模型", "教師"]}
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("chosen", ["text", *WITHOUT_SPACES])
 @pytest.mark.parametrize("name", KINDS)
 def test_every_text_decodes_as_with_all_pieces(name, chosen, tmp_path):
@@ -274,6 +275,7 @@ def test_the_vocabulary_with_the_fewest_bits_per_byte_is_taken(llama, monkeypatc
     assert "vocab_size=468" in student.initialization_report.shape_choice
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("size", [702, 706, "auto"], ids=["no padded rows", "fewer of them", "auto"])
 def test_a_search_takes_a_size_that_differs_in_padded_rows_alone(llama, monkeypatch, size):
     teacher, tokenizer, folder = llama

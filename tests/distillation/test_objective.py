@@ -73,7 +73,7 @@ def own_terms() -> Iterator[None]:
     _LOSSES.update(before)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("term", ["mean_of_logits", "class_by_class", "mean_of_states", "mean_of_embeddings"])
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.usefixtures("own_terms")

@@ -52,7 +52,7 @@ def test_there_is_a_case_for_every_task() -> None:
         assert task_of(case.build(0, 16)) is case.task, name
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ROWS)
 def test_a_copy_has_loss_and_gradient_zero(name: str, tmp_path: Path) -> None:
     case = CASES[name]
@@ -64,7 +64,7 @@ def test_a_copy_has_loss_and_gradient_zero(name: str, tmp_path: Path) -> None:
     assert gradient.abs().max() < 1e-6
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_of_kd_is_that_of_a_plain_formula_in_float64(name: str, tmp_path: Path) -> None:
     case = CASES[name]

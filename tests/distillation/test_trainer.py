@@ -64,7 +64,7 @@ def gradient(task: str, folder: Path, objective: dict[str, float], **changes: An
     return step_of(student, before)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("task", TASKS)
 def test_accumulation_leaves_gradients_as_they_are(task: str, objective: str, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tests.distillation.small import TASKS, _bert_config, collate, examples_for,
 from tests.distillation.test_trainer import arguments
 
 
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize("objective", [{"ce": 0.3, "kd": 0.7}, {"kd": 1.0}, {"hidden_states": 2.0}, {"ce": 1.0}])
 @pytest.mark.parametrize("task", TASKS)
 def test_the_loss_of_evaluation_is_the_task_loss(task: str, objective: dict[str, float], tmp_path: Path) -> None:

@@ -159,6 +159,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
     return [run(DistillationTrainer, folder, teacher) for teacher in (2, 3)]
 
 
+@pytest.mark.sampled(30)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("method", OWN)

@@ -54,6 +54,7 @@ def test_a_teacher_of_another_image_size_is_an_error(tmp_path: Path) -> None:
         train(student, teacher, images, tmp_path)
 
 
+@pytest.mark.sampled(1)
 @pytest.mark.parametrize("name", ["segformer", "yolos", "mask2former"])
 def test_a_script_chooses_the_size_of_images_whose_pixels_or_objects_are_found(
     name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture

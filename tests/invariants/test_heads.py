@@ -45,7 +45,7 @@ def with_head(case: Case, task: str) -> Case | None:
 WITH_HEADS = [found for case in CASES for task in HEADS if (found := with_head(case, task)) is not None]
 
 
-@pytest.mark.sampled(16)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("case", WITH_HEADS, ids=str)
 def test_a_head_outputs_what_the_small_model_does(case: Case) -> None:
     small, big = build(case, case.small), build(case, case.big)

@@ -174,6 +174,7 @@ def restrict(teacher: PreTrainedModel, rope: Rope) -> None:
     assert changed >= teacher.config.num_hidden_layers, "the layout names no queries"
 
 
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("rope", ROPES, ids=str)
 def test_attention_is_the_teachers_through_the_selected_pairs(rope: Rope) -> None:
     teacher = make_teacher(rope)

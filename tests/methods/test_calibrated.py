@@ -132,7 +132,7 @@ def test_the_report_states_what_was_selected(teacher: Any, tmp_path: Path) -> No
     assert len(calibration["residual_error"]["layers"]) == 2 and calibration["logit_scale"] > 0
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", list(KINDS))
 def test_every_kind_of_model_becomes_itself_or_smaller(name: str) -> None:
     kind = KINDS[name]

@@ -28,7 +28,7 @@ NAMES = [
 CHOSEN = [case for case in CASES if str(case) in NAMES]
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("case", CHOSEN, ids=str)
 def test_identity(case: Case) -> None:
     teacher = build(case, case.big)
@@ -40,7 +40,7 @@ def test_identity(case: Case) -> None:
     assert relative_error(logits_of(teacher, case), expected) == 0, "the teacher was changed"
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", [case for case in CHOSEN if case.lift is not None], ids=str)
 def test_dead_heads_neurons_and_blocks_are_pruned(case: Case) -> None:
     small, big = build(case, case.small), build(case, case.big)

@@ -148,7 +148,7 @@ NOT_ALIKE = {
 }
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("task", "kind", "name"),
     [pytest.param(*each, marks=() if each[2] in FIRST else pytest.mark.slow) for each in every_class()],

@@ -22,6 +22,7 @@ print(int(understood), before, faults())
 """
 
 
+@pytest.mark.extended
 def test_large_blocks_are_taken_from_the_system_once():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
     understood, before, after = map(int, done.stdout.split())

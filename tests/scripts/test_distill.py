@@ -187,6 +187,7 @@ def test_a_loss_of_an_imported_module_is_trained_on(teacher, tmp_path, monkeypat
     assert json.loads((tmp_path / "student" / "distillation.json").read_text())["metrics"]["eval_absolute"] > 0
 
 
+@pytest.mark.extended
 def test_an_existing_student_in_a_subfolder_is_read_with_its_own_config(teacher, tmp_path):
     make_model(tmp_path / "base" / "small", "llama", "ForCausalLM", width=16, blocks=1)
     (tmp_path / "base" / "config.json").write_text(json.dumps({"model_type": "bert", "architectures": ["BertModel"]}))

@@ -123,6 +123,7 @@ def test_a_killed_run_goes_on_in_its_stage(teacher: Path, tmp_path: Path, monkey
     assert json.loads((tmp_path / "student" / "trainer_state.json").read_text())["global_step"] == 3
 
 
+@pytest.mark.extended
 def test_stages_read_the_first_teachers_signals_from_a_cache(teacher: Path, tmp_path: Path) -> None:
     from hf_guide.cli.main import main
 

@@ -68,7 +68,7 @@ def test_the_rule_counts_the_parameters_of_every_family(case: Case) -> None:
     check(counted_and_built(build(case, case.big)))
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("groups", [8, 4, 2, 1])
 @pytest.mark.parametrize("name", GROUPED)
 def test_the_rule_counts_key_value_heads_of_every_grouping(name, groups):

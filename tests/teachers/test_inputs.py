@@ -154,7 +154,7 @@ def assert_nothing_to_learn(trainer: Any) -> None:
         assert math.isfinite(found["eval_ce"])
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("pad", ["<pad>", "<new>", pytest.param("</s>", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", KINDS)

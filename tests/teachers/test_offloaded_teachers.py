@@ -130,7 +130,7 @@ def test_a_loaded_teacher_that_is_offloaded_teaches_as_one_in_memory(tmp_path, f
     )
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("way", "method"),
     [

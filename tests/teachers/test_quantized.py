@@ -233,6 +233,7 @@ def test_of_a_tensor_of_experts_only_those_that_are_needed_are_read(
 QUICK = [("fp8 experts", "calibrated"), ("fp8 experts", "guide"), ("torchao", "guide"), ("mxfp4", "uniform")]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("name", "method"),
     [

@@ -107,7 +107,7 @@ def card_of(text: str, folder: Path) -> str:
     return path.read_bytes().decode()
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text)[:30])
 def test_a_card_is_the_same_whatever_its_names_are(text: str, tmp_path: Path) -> None:
     """The same headings, lists, tables, links and code as with a plain name; and the metadata give the names back."""
@@ -137,7 +137,7 @@ def _structure(body: str) -> list[str]:
     ]
 
 
-@pytest.mark.sampled(8)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text)[:30])
 def test_figures_and_pages_show_names_as_they_are(text: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")

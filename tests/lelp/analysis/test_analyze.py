@@ -127,6 +127,7 @@ def test_texts_without_labels_count_for_the_predicted_class(text, tmp_path):
     assert "probe" not in facts
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("missing,named", [(None, False), (-1, False), (-100, False), (None, True)])
 def test_an_example_without_label_counts_for_the_predicted_class(text, tmp_path, missing, named):
     home, _, features = text
