@@ -60,6 +60,11 @@ def model_without_weights(teacher: TeacherCheckpoint) -> PreTrainedModel:
     return model.eval()
 
 
+def is_used_mapped(weights: TensorSource, name: str, dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether a weight that is used in a dtype and on a device stays in its file, which is mapped."""
+    return device.type == "cpu" and weights.maps(name) and weights.dtype(name) == dtype
+
+
 class BlockWeights:
     """Loads the weights of each block before it runs, and drops them after it.
 
@@ -125,7 +130,14 @@ class BlockWeights:
 
         A vocabulary's tables, which a few rows or a few forward passes have read, would stay in memory otherwise.
         """
-        self._assign([(slot, name) for slot, name in self._slots.get(None, []) if self._is_mapped(slot, name)])
+        weights, outside = self.teacher.weights, self._slots.get(None, [])
+        self._assign(
+            [
+                (slot, name)
+                for slot, name in outside
+                if is_used_mapped(weights, name, self._meta[slot].dtype, self.device)
+            ]
+        )
 
     def hold_all(self) -> None:
         """Keep the weights of all blocks in memory from now on."""
@@ -168,10 +180,6 @@ class BlockWeights:
                 tensor = self.teacher.weights.get(name).to(self.device, meta.dtype)
                 loaded[name] = nn.Parameter(tensor, requires_grad=False) if isinstance(meta, nn.Parameter) else tensor
             slot.assign(loaded[name])
-
-    def _is_mapped(self, slot: _Slot, name: str) -> bool:
-        weights = self.teacher.weights
-        return self.device.type == "cpu" and weights.maps(name) and weights.dtype(name) == self._meta[slot].dtype
 
     def _has_expert_loop(self, slot: _Slot) -> bool:
         """Return whether a tensor of experts is of a class that Transformers' `use_experts_implementation` decorates."""

@@ -6,11 +6,13 @@ stack that only runs within the whole model.
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.block_selection import SEARCH_TOKENS, is_wide_enough
+from hf_guide.calibration.block_weights import is_used_mapped
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import default_num_tokens
 from hf_guide.calibration.head_fitting import LOGIT_SCALE_TOKENS, TOKENS_AT_A_TIME
@@ -19,7 +21,10 @@ from hf_guide.calibration.output_comparison import NUMBERS_AT_A_TIME
 from hf_guide.initialization.config import LayerSelection
 from hf_guide.initialization.cost import CostPart
 from hf_guide.initialization.registry import StudentSetup
+from hf_guide.layouts.registry import Layout
 from hf_guide.models.model_classes import strip_base_prefix
+from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.utils.distributed import default_device
 
 TEACHER_PASSES, STUDENT_PASSES = 2, 4
 """Over all tokens of the teacher and of the student."""
@@ -31,39 +36,71 @@ OVERHEAD_BYTES = 200_000_000
 """What the process takes besides: modules that are imported when they are used, and freed memory that is not given back."""
 
 
+@dataclass
+class TeacherSize:
+    """How large a teacher is.
+
+    Attributes:
+        numbers: Of its weights.
+        stored: Bytes of its weights in files.
+        blocks: Bytes of each block, by its name.
+        copied: Bytes of the weights outside of blocks that are in memory as long as it runs.
+        mapped: Bytes of the largest weight that is used where its file is mapped: what was read of another is given up.
+    """
+
+    numbers: int = 0
+    stored: int = 0
+    blocks: Counter[str] = field(default_factory=Counter)
+    copied: int = 0
+    mapped: int = 0
+
+    @property
+    def resident(self) -> int:
+        """Bytes that are in memory while it runs: one block, the next, and what is outside."""
+        return self.copied + self.mapped + 2 * max(self.blocks.values(), default=0)
+
+
+def measure_teacher(teacher: TeacherCheckpoint, layout: Layout) -> TeacherSize:
+    """Return how large a teacher is by the shapes of its weights; none is read."""
+    found, weights, device = TeacherSize(), teacher.weights, default_device()
+    loops_over_experts = teacher.model_class._can_set_experts_implementation()
+    for name in weights.keys():
+        shape = weights.shape(name)
+        size = shape.numel() * weights.dtype(name).itemsize
+        match = layout.find(strip_base_prefix(name, teacher.base_model_prefix))
+        found.numbers += shape.numel()
+        found.stored += size
+        if loops_over_experts and len(shape) == 3 and weights.reads_rows(name):
+            size //= shape[0]  # one expert is in memory
+        if match is not None and "block" in match.numbers:
+            found.blocks[match.row.pattern.partition("{block}")[0] + match.numbers["block"]] += size
+        elif is_used_mapped(weights, name, teacher.dtype, device):
+            found.mapped = max(found.mapped, size)
+        else:
+            found.copied += size
+    return found
+
+
 def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator[CostPart]:
     """Yield the parts of a calibration; the number of tokens is the default where none is given."""
-    teacher, layout, student = setup.teacher, setup.layout, setup.meta_student()
-    plan, item = setup.plan(student), setup.teacher.dtype.itemsize
-    blocks, outside, numbers, whole = Counter[str](), 0, 0, 0
-    loops_over_experts = teacher.model_class._can_set_experts_implementation()
-    for name in teacher.weights.keys():
-        shape = teacher.weights.shape(name)
-        size = shape.numel() * teacher.weights.dtype(name).itemsize
-        match = layout.find(strip_base_prefix(name, teacher.base_model_prefix))
-        numbers += shape.numel()
-        whole += size
-        if loops_over_experts and len(shape) == 3 and teacher.weights.reads_rows(name):
-            size //= shape[0]  # one expert is in memory
-        if match is None or "block" not in match.numbers:
-            outside += size
-        else:
-            blocks[match.row.pattern.partition("{block}")[0] + match.numbers["block"]] += size
+    teacher, student = setup.teacher, setup.meta_student()
+    plan, item, size = setup.plan(student), teacher.dtype.itemsize, measure_teacher(teacher, setup.layout)
     planned = [plan.sizes(parameter) for parameter in plan.parameters.values() if parameter.source is not None]
     neurons, student_neurons = (max((sizes[index].get("mlp", 0) for sizes in planned), default=0) for index in (0, 1))
     vocab = max((sizes[0].get("vocab", 0) for sizes in planned), default=0)
     tokens = config.calibration_tokens or default_num_tokens(neurons)
-    is_shallower = sum(map(len, plan.block_mapping.values())) < len(blocks)
+    is_shallower = sum(map(len, plan.block_mapping.values())) < len(size.blocks)
     searches = is_shallower and config.layer_selection == LayerSelection.LOCAL_SEARCH
     searches = searches and any(map(is_wide_enough, plan.widths.values() or [None]))
     stacks = len(plan.block_mapping)
-    searched = float(SEARCH_TOKENS * numbers * (SEARCH_PASSES if stacks == 1 else stacks * SEARCHED_SETS)) * searches
+    searched = (
+        float(SEARCH_TOKENS * size.numbers * (SEARCH_PASSES if stacks == 1 else stacks * SEARCHED_SETS)) * searches
+    )
     if not isinstance(setup.source, PreTrainedModel):
-        held = outside + 2 * max(blocks.values(), default=0)
-        read = (3 if searched else 2) * whole
-        yield CostPart("the teacher's embeddings, head and two blocks", held, is_kept=True, read=read)
+        read = (3 if searched else 2) * size.stored
+        yield CostPart("the teacher's embeddings, head and two blocks", size.resident, is_kept=True, read=read)
     refits = config.refit != Refit.NONE
-    passes = TEACHER_PASSES * numbers + (STUDENT_PASSES * student.num_parameters() if refits else 0)
+    passes = TEACHER_PASSES * size.numbers + (STUDENT_PASSES * student.num_parameters() if refits else 0)
     # A family that is known by its blocks alone has no axis to project, and keeps its width.
     unchanged = (getattr(teacher.config.get_text_config(), "hidden_size", 0),) * 2
     width, student_width = map(max, zip(*(plan.widths.values() or [unchanged]), strict=True))
