@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--license", metavar="ID", help="license for the model card, such as apache-2.0")
     parser.add_argument("--no-progress", action="store_true", help="show no progress bars")
-    add_shape_arguments(parser)
+    add_shape_arguments(parser, brief=True)
     key_value: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
     method = parser.add_argument_group("method")
     method.add_argument(
@@ -98,8 +98,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(to_flag(name), action=switch, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
-def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the student's sizes and its tokenizer, or the budget from which sizes follow."""
+def add_shape_arguments(parser: argparse.ArgumentParser, *, brief: bool = False) -> None:
+    """Add the student's sizes and its tokenizer, or the budget; `brief` as in `add_budget_arguments`."""
     shape = parser.add_argument_group("shape (by default the teacher's, or what follows from the others)")
     for name, text in SIZES.items():
         size = _number_or_auto if name == "vocab_size" else int
@@ -114,7 +114,7 @@ def add_shape_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="any other entry of the config; may be repeated",
     )
-    add_budget_arguments(shape, brief=True)
+    add_budget_arguments(shape, brief=brief)
 
 
 def _number_or_auto(text: str) -> "int | str":

@@ -2,12 +2,12 @@
 
 Sizes are multiples that hardware likes: of 64 where the teacher's are 2,048 or more, of 16 from 256, of 8 from 64 and of 4
 below; the teacher's own size is always among them, and MLPs of any width are tried where none of these fits. Heads are whole:
-they keep the teacher's size, in groups as large as the teacher's.
+they keep the teacher's size, in groups as large as the teacher's, or smaller where the user's width or heads need it.
 """
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,7 @@ class ShapeEnumerator:
         sizes: The size fields of the teacher's config with these overrides, for roles that are not varied.
         itemsize: Bytes of a weight.
         cache_width: Numbers that the cache holds for a position, per key/value head and block; 0 of a model without one.
+        allows: Whether the family allows numbers of heads with the user's width.
     """
 
     fields: SizeFields
@@ -68,6 +69,7 @@ class ShapeEnumerator:
     sizes: Mapping[str, int]
     itemsize: int
     cache_width: int
+    allows: Callable[[Mapping[str, int]], bool] = lambda heads: True
 
     def enumerate(self, budget: Budget) -> ShapeGrid:
         """Return the shapes within `TOLERANCE` of the budget.
@@ -160,15 +162,28 @@ class ShapeEnumerator:
         if self.fields.heads_follow_width or heads is None:
             return [{}]
         if self._is_fixed(SizeRole.HEADS) and groups is not None and not self._is_fixed(SizeRole.KEY_VALUE_HEADS):
-            number, size = self.fixed.get(heads.name, heads.size), heads.size // groups.size
-            return [{groups.name: number // size if number % size == 0 else math.gcd(number, groups.size)}]
+            return [{groups.name: self._groups_of(self.fixed.get(heads.name, heads.size), heads, groups)}]
         if self._is_fixed(SizeRole.HEADS):
             return [{}]
         if groups is None or heads.size % groups.size:
             return self._proportional(SizeRole.HEADS, _choices(heads.size))
-        if groups.name in self.fixed:
-            return [{heads.name: self.fixed[groups.name] * (heads.size // groups.size)}]
-        return [{groups.name: each, heads.name: each * (heads.size // groups.size)} for each in _choices(groups.size)]
+        numbers = [self.fixed[groups.name]] if groups.name in self.fixed else _choices(groups.size)
+        largest = heads.size // groups.size
+        of_teacher = [{groups.name: each, heads.name: each * largest} for each in numbers]
+        if not self._is_fixed(SizeRole.WIDTH) or any(map(self.allows, of_teacher)):
+            return of_teacher
+        smaller = [
+            {groups.name: each, heads.name: each * size} for size in range(largest - 1, 0, -1) for each in numbers
+        ]
+        return [each for each in smaller if self.allows(each)] or of_teacher
+
+    @staticmethod
+    def _groups_of(number: int, heads: SizeField, groups: SizeField) -> int:
+        """Return how many key/value heads go with a number of heads, in groups as large as the teacher's or nearly."""
+        for size in range(heads.size // groups.size, 0, -1):
+            if number % size == 0 and number // size <= groups.size:
+                return number // size
+        return math.gcd(number, groups.size)  # the plan of such a shape states what is possible
 
     def _experts(self) -> list[dict[str, int]]:
         main = self.fields.main(SizeRole.EXPERTS)

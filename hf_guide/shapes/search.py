@@ -1,6 +1,7 @@
 """Find the shapes of a budget and rank them: `find_shapes`, and what `from_teacher(num_parameters=...)` does."""
 
 import dataclasses
+import functools
 import inspect
 import os
 from collections.abc import Collection, Mapping
@@ -33,6 +34,7 @@ from hf_guide.shapes.counting import ParameterCounter, exact_cost
 from hf_guide.shapes.enumeration import ShapeEnumerator, ShapeGrid, cache_width, fits_budget, overrides_of
 from hf_guide.shapes.fields import (
     ModelProbe,
+    SizeFields,
     SizeRole,
     axes_agree,
     build_on_meta,
@@ -48,6 +50,9 @@ DEFAULT_LIMIT = 12
 
 MAX_TRIED = 5
 """Times `limit`, how many shapes are counted exactly at most."""
+
+COUPLED_ROLES = (SizeRole.WIDTH, SizeRole.HEADS, SizeRole.KEY_VALUE_HEADS)
+"""Roles of which a family may only allow some sizes together."""
 
 SEARCH_FOLDER, START_FOLDER = "shapes", "student"
 """In a `calibration_cache_dir`, the folders of the search and of the start that follows it."""
@@ -97,37 +102,79 @@ class ShapeSearch:
 
     @property
     def fixed_config(self) -> PreTrainedConfig:
-        """Return the teacher's config with the fields that every student changes."""
+        """Return the teacher's config with the fields that every student changes.
+
+        A width or a number of heads that the family only allows with others than the teacher's is left out: the search varies
+        those, and checks them together.
+        """
         check_requested_sizes(self.teacher.config, self.overrides)
-        return derive_student_config(self.teacher.config, self.overrides, keywords=self.keywords)
+        try:
+            return derive_student_config(self.teacher.config, self.overrides, keywords=self.keywords)
+        except ShapeError:
+            coupled = {each.name: each.role for each in self.size_fields.fields if each.role in COUPLED_ROLES}
+            real = self.teacher.config.attribute_map
+            roles = {coupled[name] for name in (real.get(each, each) for each in self.overrides) if name in coupled}
+            if not roles or roles >= {SizeRole.WIDTH, SizeRole.HEADS}:
+                raise
+            others = {name: value for name, value in self.overrides.items() if real.get(name, name) not in coupled}
+            return derive_student_config(self.teacher.config, others, keywords=self.keywords)
+
+    @functools.cached_property
+    def _fixed(self) -> dict[str, Any]:
+        """The overrides under the config's own names."""
+        names = self.teacher.config.attribute_map
+        return {names.get(name, name): value for name, value in self.overrides.items()}
+
+    @functools.cached_property
+    def _counted_changes(self) -> dict[str, Any]:
+        """The overrides of models to count: these are of the teacher's depth, for which a list of another is no config."""
+        of_teacher = vars(self.teacher.config)
+        return {
+            name: value for name, value in self._fixed.items() if not _has_other_length(value, of_teacher.get(name))
+        }
+
+    @functools.cached_property
+    def size_fields(self) -> SizeFields:
+        """The size fields of the teacher's config."""
+        changes = self._counted_changes
+        others = {name: value for name, value in changes.items() if not is_size(name) or is_head_size(name)}
+        return find_size_fields(ModelProbe(self.teacher, self.setup.model_class, others))
 
     def candidates(self) -> list[ShapeCandidate]:
         """Return at most `limit` shapes by their rule score, none like another, counted exactly."""
         derived = self.fixed_config
-        student_class = self.setup.model_class
-        names = self.teacher.config.attribute_map
-        fixed = {names.get(name, name): value for name, value in self.overrides.items()}
-        # Models to count are of the teacher's depth, for which a list of another number of blocks is no config.
-        changes = {
-            name: value
-            for name, value in fixed.items()
-            if not _has_other_length(value, vars(self.teacher.config).get(name))
-        }
-        others = {name: value for name, value in changes.items() if not is_size(name) or is_head_size(name)}
-        fields = find_size_fields(ModelProbe(self.teacher, student_class, others))
-        roles = {each.name for each in fields.fields}
-        probe = ModelProbe(
-            self.teacher, student_class, {name: value for name, value in changes.items() if name not in roles}
-        )
+        student_class, fields, fixed = self.setup.model_class, self.size_fields, self._fixed
+        self._check_bounds()
+        roles = {each.name: each.role for each in fields.fields}
+        changes = {name: value for name, value in self._counted_changes.items() if name not in roles}
+        probe = ModelProbe(self.teacher, student_class, changes)
         is_of_memory = self.budget.memory is not None
         width = cache_width(
             self.setup.layout, self.teacher.config, caches=student_class.can_generate(), required=is_of_memory
         )
         counter = ParameterCounter(probe, fields)
-        sizes = {name: size for name in roles if isinstance(size := vars(derived).get(name), int)}
-        enumerator = ShapeEnumerator(fields, counter, fixed, sizes, self.setup.dtype.itemsize, width)
+        sizes = {name: size for name in roles if isinstance(size := fixed.get(name, vars(derived).get(name)), int)}
+        coupled = {name: value for name, value in fixed.items() if roles.get(name) in COUPLED_ROLES}
+        enumerator = ShapeEnumerator(
+            fields,
+            counter,
+            fixed,
+            sizes,
+            self.setup.dtype.itemsize,
+            width,
+            allows=lambda heads: probe.build({**coupled, **heads}) is not None,
+        )
         grid = enumerator.enumerate(self.budget)
         return self._best_unlike(enumerator, grid, probe)
+
+    def _check_bounds(self) -> None:
+        """Raise a ShapeError for a size above the teacher's; of blocks, which may be repeated, the plan checks the number."""
+        for each in self.size_fields.fields:
+            size = self._fixed.get(each.name, 0)
+            if each.role is not SizeRole.DEPTH and isinstance(size, int) and size > each.size:
+                raise ShapeError(
+                    f"The student's {each.name} is {size}, its teacher's {each.size}: it must be 1 to {each.size}."
+                )
 
     def _best_unlike(self, enumerator: ShapeEnumerator, grid: ShapeGrid, probe: ModelProbe) -> list[ShapeCandidate]:
         """Return the shapes of the best rule scores that can be built, none like one before it.
@@ -141,11 +188,7 @@ class ShapeSearch:
         found: list[ShapeCandidate] = []
         planned: list[Collection[str]] = []
         rejection = "The family allows none of their widths with their numbers of heads."
-        names = [
-            each.name
-            for role in (SizeRole.WIDTH, SizeRole.HEADS, SizeRole.KEY_VALUE_HEADS)
-            for each in fields.of(role)
-        ]
+        names = [each.name for role in COUPLED_ROLES for each in fields.of(role)]
         for index in map(int, np.argsort(scores, kind="stable")):
             if len(found) == self.limit or tried == MAX_TRIED * self.limit:
                 break

@@ -67,6 +67,21 @@ def test_init_takes_a_budget_and_reports_the_shape(teacher, tmp_path, capsys):
     assert "- Shape: num" in (output / "README.md").read_text()
 
 
+def test_the_help_describes_every_budget(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["shapes", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    for flag in (
+        "--num-parameters N",
+        "--active-parameters N",
+        "--memory SIZE",
+        "--cache-length N",
+        "--search-steps N",
+    ):
+        usage, _, described = printed.partition("positional arguments")
+        assert flag in usage and flag in described
+
+
 def test_shapes_without_a_budget_and_options_without_data_are_errors(teacher, capsys):
     assert cli.main(["shapes", str(teacher)]) == 2
     assert "Set what the student may cost" in capsys.readouterr().err

@@ -68,6 +68,48 @@ def test_heads_are_whole_and_what_the_user_fixes_stays(name):
         assert name != "bert" or config.hidden_size == 12 * config.num_attention_heads
 
 
+@pytest.mark.sampled(5)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_size_of_a_found_shape_may_be_fixed_alone(name):
+    """Also a width that the teacher's heads do not divide, and a number of heads that does not divide its width."""
+    teacher = KINDS[name].teacher()
+    found = shapes_of(teacher, num_parameters="40%", limit=3)
+    sizes = {(field, size) for each in found for field, size in each.overrides.items()}
+    assert sizes
+    for field, size in sorted(sizes):
+        best = shapes_of(teacher, num_parameters="40%", **{field: size})[0]
+        assert best.sizes[field] == size and field not in best.overrides
+        student = from_teacher(teacher, method="random", show_progress=False, **{field: size}, **best.overrides)
+        assert student.num_parameters() == best.parameters
+
+
+GROUPED = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
+
+
+@pytest.mark.parametrize(
+    "fixed, expected",
+    [
+        ({"hidden_size": 32}, {"num_attention_heads": 4, "num_key_value_heads": 2}),
+        ({"num_attention_heads": 4}, {"num_key_value_heads": 2}),
+        ({"num_attention_heads": 5, "num_key_value_heads": 1}, "query heads per key/value head is 5, the teacher's 3"),
+        ({"hidden_size": 32, "num_attention_heads": 9}, "rejects hidden_size=32, num_attention_heads=9"),
+        ({"hidden_size": 80}, "The student's hidden_size is 80, its teacher's 72: it must be 1 to 72"),
+        ({"num_key_value_heads": 4}, "The student's num_key_value_heads is 4, its teacher's 3"),
+    ],
+)
+def test_a_size_that_needs_smaller_groups_of_heads_has_them_or_is_an_error(fixed, expected):
+    teacher = LlamaForCausalLM(LlamaConfig(vocab_size=96, num_hidden_layers=4, intermediate_size=96, **GROUPED))
+    if isinstance(expected, str):
+        with pytest.raises(ShapeError, match=expected):
+            shapes_of(teacher, num_parameters="30%", **fixed)
+        return
+    best = shapes_of(teacher, num_parameters="30%", **fixed)[0]
+    assert {**best.sizes, **fixed, **expected} == best.sizes
+    assert (
+        from_teacher(teacher, show_progress=False, num_parameters="30%", **fixed).num_parameters() == best.parameters
+    )
+
+
 def test_memory_counts_the_weights_and_the_cache_that_the_model_fills():
     teacher = KINDS["llama"].teacher()
     shape = shapes_of(teacher, memory=200_000, cache_length=20)[0]
