@@ -141,10 +141,12 @@ class ShapeEnumerator:
     def _widths(self) -> list[dict[str, int]]:
         main = self.fields.main(SizeRole.WIDTH)
         assert main is not None
-        step = size_step(main.size)
+        step, largest = size_step(main.size), main.size
         if self.fields.heads_follow_width and self.fields.head_size:
             step = self._width_of_heads()
-        return self._proportional(SizeRole.WIDTH, [*range(step, main.size, step), main.size], min(step, 8))
+            numbers = [self.fixed.get(each.name, each.size) for each in self.fields.of(SizeRole.HEADS)]
+            largest = min([largest, *(number * self.fields.head_size for number in numbers)])  # no head is larger
+        return self._proportional(SizeRole.WIDTH, [*range(step, largest, step), largest], min(step, 8))
 
     def _width_of_heads(self) -> int:
         """Return what the width must be a multiple of: the size of a head, or the number of heads that the user fixes."""

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -108,6 +110,14 @@ def test_a_size_that_needs_smaller_groups_of_heads_has_them_or_is_an_error(fixed
     assert (
         from_teacher(teacher, show_progress=False, num_parameters="30%", **fixed).num_parameters() == best.parameters
     )
+
+
+def test_heads_that_follow_the_width_are_no_larger_than_the_teachers():
+    teacher = GPT2LMHeadModel(GPT2Config(vocab_size=500, n_embd=192, n_head=12, n_layer=6, n_positions=64))
+    best = shapes_of(teacher, num_parameters="20%", n_head=5)[0]
+    assert best.sizes["n_embd"] == 5 * 16
+    student = from_teacher(teacher, num_parameters="20%", n_head=5, show_progress=False)
+    assert student.num_parameters() == best.parameters
 
 
 def test_memory_counts_the_weights_and_the_cache_that_the_model_fills():
