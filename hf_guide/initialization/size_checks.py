@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_guide.errors import HfGuideError, OptionError, ShapeError
 from hf_guide.initialization.student_config import derive_student_config, tuples_to_lists
 from hf_guide.models.model_classes import meta_model
+from hf_guide.models.modes import on_meta_device
 from hf_guide.models.module_signature import config_signature
 from hf_guide.models.tiny_models import MODEL_ERRORS
 
@@ -325,6 +326,28 @@ def check_overrides_hold(
             f"{'.'.join(path)}={value!r} changes nothing in a {model_class.__name__} of this config: the model "
             "has no such size, or takes it from another entry. Leave it out, or override the entry that the model reads."
         )
+
+
+def check_initialization(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    """Check that the family computes initial weights for a config, with a model on the meta device.
+
+    Whisper's sinusoidal positions need an even width, for example. What no weight of the teacher fills is initialized last, so
+    that this would be an error after the whole of a calibration.
+
+    Raises:
+        ShapeError: It does not; with its reason.
+    """
+    try:
+        model = meta_model(model_class, config)
+    except MODEL_ERRORS:
+        return  # an error wherever it is built
+    try:
+        with on_meta_device():
+            model.initialize_weights()
+    except RuntimeError:
+        return  # it reads values, which there are none of on the meta device
+    except (ValueError, IndexError, AssertionError, ZeroDivisionError) as error:
+        raise ShapeError(f"{model_class.__name__} rejects this config: {error}") from error
 
 
 def _flatten_overrides(

@@ -21,6 +21,7 @@ from hf_guide.initialization.size_checks import (
     check_computed_overrides,
     check_config_sizes,
     check_expert_counts,
+    check_initialization,
     check_overrides_hold,
     check_requested_sizes,
 )
@@ -88,6 +89,7 @@ def resolve_student(
         check_config_sizes(blocks.config, teacher.config, deepest=deepest)
     check_expert_counts(blocks.config, teacher.config)
     check_overrides_hold(student_class, blocks.config, teacher.config, overrides)
+    check_initialization(student_class, blocks.config)
     notes = [*blocks.notes, *split_heads_note(teacher.config, blocks.config, overrides)]
     return StudentShape(student_class, blocks.config, blocks.layers, notes, blocks.approximations)
 

@@ -17,7 +17,7 @@ from hf_guide.errors import HfGuideError, OptionError, ShapeError
 from hf_guide.initialization.config import InitializationConfig
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup, make_method
 from hf_guide.initialization.report import format_count
-from hf_guide.initialization.size_checks import check_requested_sizes, is_size
+from hf_guide.initialization.size_checks import check_initialization, check_requested_sizes, is_size
 from hf_guide.initialization.student_config import derive_student_config, is_head_size
 from hf_guide.initialization.student_shape import (
     StudentShape,
@@ -221,7 +221,14 @@ class ShapeSearch:
         changed = {name: size for name, size in changed.items() if name in names}
         fixed = {name: enumerator.fixed[name] for name in names if name in enumerator.fixed}
         built = probe.build({**fixed, **changed})
-        return built is not None and axes_agree(self.setup.layout, *built)
+        if built is None or not axes_agree(self.setup.layout, *built):
+            return False
+        shallow = probe.build({**fixed, **changed, **{each.name: 1 for each in fields.of(SizeRole.DEPTH)}})
+        try:
+            check_initialization(probe.model_class, (shallow or built)[0])
+        except ShapeError:
+            return False
+        return True
 
     def _count(
         self,

@@ -31,13 +31,16 @@ from transformers import (
     SwinForImageClassification,
     T5Config,
     T5EncoderModel,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
-from hf_guide import HfGuideError, OptionError, ShapeError, from_teacher
+from hf_guide import HfGuideError, OptionError, ShapeError, find_shapes, from_teacher
 from hf_guide.cli.main import main
 from tests.tiny import KINDS, SIZES
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+WHISPER_SIDE = {"layers": 2, "attention_heads": 4, "ffn_dim": 96}
 MIXTURE = {**SMALL, "intermediate_size": 64, "num_hidden_layers": 2}
 
 
@@ -55,6 +58,14 @@ def mixtral() -> PreTrainedModel:
 def qwen3_moe() -> PreTrainedModel:
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(**MIXTURE, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, head_dim=8)
+    )
+
+
+def whisper() -> PreTrainedModel:
+    sides = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in WHISPER_SIDE.items()}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1, "vocab_size": 64}
+    return WhisperForConditionalGeneration(
+        WhisperConfig(d_model=64, num_mel_bins=16, max_source_positions=50, **sides, **tokens)
     )
 
 
@@ -340,3 +351,19 @@ def test_labels_are_counted_by_a_whole_number(labels: Any) -> None:
 def test_each_token_goes_to_an_expert() -> None:
     with pytest.raises(ShapeError, match="num_experts_per_tok must be at least 1, not 0"):
         from_teacher(qwen3_moe(), num_experts_per_tok=0, show_progress=False)
+
+
+@pytest.mark.parametrize("method", ["random", "uniform", "guide", "calibrated"])
+def test_a_size_for_which_the_family_has_no_initial_weights_is_an_error_before_any_work(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whisper's sinusoidal positions need an even width, and only its initialization checks that."""
+    heads = {"encoder_attention_heads": 3, "decoder_attention_heads": 3}
+    sounds = [{"input_features": torch.randn(4, 16, 100), "decoder_input_ids": torch.ones(4, 8, dtype=torch.long)}]
+    data = {"calibration_dataset": sounds} if method == "calibrated" else {}
+    teacher = whisper()
+    monkeypatch.setattr(type(teacher), "forward", None)
+    with pytest.raises(ShapeError, match="rejects this config: Number of channels has to be divisible by 2"):
+        from_teacher(teacher, d_model=45, method=method, show_progress=False, **heads, **data)
+    shapes = find_shapes(teacher, num_parameters="40%", show_progress=False, **heads)
+    assert all(each.sizes["d_model"] % 2 == 0 for each in shapes)
