@@ -306,11 +306,7 @@ def _from_teacher_of_budget(
         shared: Arguments of both `find_shapes` and `from_teacher`.
         head: Other arguments of `from_teacher`.
     """
-    given = {name: value for name, value in budget.items() if value is not None}
-    if config is not None:
-        raise OptionError(
-            f"config states every size already, so {', '.join(given)} cannot choose any: leave one of them out."
-        )
+    given = _given_budget(budget, config)
     if isinstance(shared["calibration_dataset"], Iterator):
         raise OptionError(
             f"calibration_dataset is an iterator, which can be read once, and with {', '.join(given)} it is read for the "
@@ -323,6 +319,16 @@ def _from_teacher_of_budget(
     report: Any = student.initialization_report
     report.shape_choice = describe_choice(shapes, given, student.num_parameters(), head_rows=head["num_subclasses"])
     return student
+
+
+def _given_budget(budget: Mapping[str, Any], config: PreTrainedConfig | None) -> dict[str, Any]:
+    """Return the entries of a budget that are set; an OptionError where there is a config, too."""
+    given = {name: value for name, value in budget.items() if value is not None}
+    if given and config is not None:
+        raise OptionError(
+            f"config states every size already, so {', '.join(given)} cannot choose any: leave one of them out."
+        )
+    return given
 
 
 def _resolve(
@@ -374,6 +380,10 @@ def plan_student(
     config: PreTrainedConfig | None = None,
     *,
     method: "str | InitializationConfig | Mapping[str, Any]" = "guide",
+    num_parameters: "int | str | None" = None,
+    active_parameters: "int | str | None" = None,
+    memory: "int | str | None" = None,
+    cache_length: int | None = None,
     model_class: type[Any] | None = None,
     dtype: "str | torch.dtype | None" = None,
     tokenizer: Any = None,
@@ -393,11 +403,13 @@ def plan_student(
     Args:
         teacher, config, method, model_class, dtype, tokenizer: As in `from_teacher`; blocks that a method chooses by data are
             not known.
+        num_parameters, active_parameters, memory, cache_length: As in `from_teacher`, of a method without calibration data.
         revision, token, cache_dir, local_files_only, trust_remote_code, gguf_file, subfolder: As in `from_pretrained`.
         **overrides: Fields of the teacher's config that the student changes.
 
     Raises:
-        OptionError, ShapeError, LayoutError, TeacherError: As `from_teacher`.
+        OptionError: As `from_teacher`; a budget with "calibrated", whose shape depends on the data.
+        ShapeError, LayoutError, TeacherError: As `from_teacher`.
 
     Example:
         >>> plan = plan_student("HuggingFaceTB/SmolLM2-135M", num_hidden_layers=2)
@@ -407,6 +419,23 @@ def plan_student(
     initializer = make_method(InitializationConfig.parse(method))
     files = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
     code = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
+    budget = {"num_parameters": num_parameters, "active_parameters": active_parameters, "memory": memory}
+    if given := _given_budget(budget | {"cache_length": cache_length}, config):
+        if initializer.requires_data:
+            raise OptionError(
+                f"Which shape {initializer.config.method!r} makes of {', '.join(given)} depends on its data: run find_shapes "
+                "(`hf-guide shapes`) with it, and plan the sizes that it names."
+            )
+        shared = {
+            "model_class": model_class,
+            "dtype": dtype,
+            "tokenizer": tokenizer,
+            "revision": revision,
+            **files,
+            **code,
+        }
+        found = find_shapes(teacher, limit=1, method=method, show_progress=False, **given, **shared, **overrides)
+        overrides |= found[0].overrides
     checkpoint = open_teacher(teacher, revision=revision, **code, **files)  # type: ignore[arg-type]
     checkpoint, config, _ = change_vocabulary(
         checkpoint, teacher, config, overrides, None, tokenizer=tokenizer, gguf_file=gguf_file, **files

@@ -61,9 +61,7 @@ OLD_SWITCHES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the teacher, the output, the student's shape, the method and its data."""
     parser.usage = USAGE
-    parser.add_argument(
-        "-o", "--output", required=True, type=Path, metavar="FOLDER", help="folder for the student: new or empty"
-    )
+    parser.add_argument("-o", "--output", type=Path, metavar="FOLDER", help="folder for the student: new or empty")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -145,9 +143,12 @@ def run(args: argparse.Namespace) -> int:
     """Initialize the student and save it atomically, print its report, and return the exit code."""
     overrides = shape_overrides(args)
     options = _method_options(args)
-    check_output_folder(args.output)
+    if args.output is not None:
+        check_output_folder(args.output)
     if args.dry_run:
         return _dry_run(args, overrides, options)
+    if args.output is None:
+        raise OptionError("Set -o/--output, the folder for the student; only --dry-run needs none.")
 
     import torch
 
@@ -189,14 +190,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _dry_run(args: argparse.Namespace, overrides: dict[str, Any], options: dict[str, Any]) -> int:
-    """Print what would be made, and what it takes, without reading weights; raise where the disk has no space for it."""
+    """Print what would be made, and what it takes, without reading weights; raise where an output's disk has no space."""
     from hf_guide import modeling
 
-    budget = [to_flag(name) for name, value in budget_arguments(args).items() if value is not None]
-    if budget:
-        raise OptionError(
-            f"--dry-run needs sizes, and {', '.join(budget)} chooses them: run `hf-guide shapes`, and give the sizes it names."
-        )
     plan = modeling.plan_student(
         args.teacher,
         method=options,
@@ -205,10 +201,12 @@ def _dry_run(args: argparse.Namespace, overrides: dict[str, Any], options: dict[
         tokenizer=args.tokenizer,
         gguf_file=args.gguf_file,
         **hub_arguments(args),
+        **budget_arguments(args),
         **overrides,
     )
     print(escape_control_characters(str(plan)))
-    check_disk_space(args.output, plan.student_bytes)
+    if args.output is not None:
+        check_disk_space(args.output, plan.student_bytes)
     return 0
 
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from hf_guide import find_shapes
 from hf_guide.cli import main as cli
 from hf_guide.cli.arguments import parse_key_value
 from hf_guide.hub import model_card as hub
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport
+from hf_guide.modeling import plan_student
 from hf_guide.utils import files as folders
 from tests.chat.small import CONVERSATIONS, PLAIN, TOOLS, VOCABULARY, tokenizer
 from tests.examples.local import make_model
@@ -61,6 +63,18 @@ def test_a_dry_run_prints_what_the_run_makes_and_reads_no_weights(teacher, tmp_p
     monkeypatch.setattr(folders.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
     assert cli.main(["init", str(teacher), *SMALLER, "--dry-run", *output]) != 0
     assert "Free some space or choose another disk" in capsys.readouterr().err
+
+
+def test_a_dry_run_of_a_budget_has_the_shape_that_is_made_of_it_and_needs_no_output(teacher, capsys):
+    budget = ["--num-parameters", "40%", "--no-progress"]
+    assert cli.main(["init", str(teacher), *budget, "--dry-run"]) == 0
+    *_, shapes = capsys.readouterr().out.partition("how\n")
+    best = find_shapes(teacher, num_parameters="40%", show_progress=False)[0]
+    assert shapes and str(plan_student(teacher, **best.overrides)).endswith(shapes.rstrip("\n"))
+    assert cli.main(["init", str(teacher), *budget, "--dry-run", "--method", "calibrated"]) == 2
+    assert "depends on its data: run find_shapes (`hf-guide shapes`) with it" in capsys.readouterr().err
+    assert cli.main(["init", str(teacher), *budget]) == 2
+    assert "Set -o/--output, the folder for the student" in capsys.readouterr().err
 
 
 def test_init_makes_a_stock_student_with_all_its_files(teacher, tmp_path):
