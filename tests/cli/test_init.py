@@ -232,9 +232,7 @@ def test_bad_input_is_one_clear_message_and_leaves_nothing(teacher, tmp_path, ca
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["initialise"], ["init"], ["init", "t"], ["init", "t", "-o", "s", "--seed", "x"]]
-)
+@pytest.mark.parametrize("words", [[], ["initialise"], ["init"], ["init", "t", "-o", "s", "--seed", "x"]])
 def test_wrong_usage_exits_with_two(words, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(words)
