@@ -1,9 +1,9 @@
 """Run a teacher that need not fit into memory: the weights of a block are there while it runs.
 
 What is outside of blocks stays: embeddings, the final norm and the head. On the CPU a weight that is stored in the dtype in
-which it is used is mapped from its file and not copied, and what was read of it is given up after each forward pass. Of a
-mixture one expert is in memory at a time where the module loops over its experts and the file stores them apart: it is read
-for each batch that it has tokens of.
+which it is used is mapped from its file and not copied, and what was read of a large one is given up after each forward
+pass. Of a mixture one expert is in memory at a time where the module loops over its experts and the file stores them apart: it
+is read for each batch that it has tokens of.
 """
 
 import contextlib
@@ -20,6 +20,9 @@ from transformers import PreTrainedModel
 from hf_guide.models.modes import without_initialization
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.teachers.tensor_source import TensorSource
+
+UNLOADED_BYTES = 1 << 22
+"""A weight that is mapped is mapped anew from this size on: for smaller ones that takes longer than it is worth."""
 
 
 @dataclass(frozen=True)
@@ -126,18 +129,16 @@ class BlockWeights:
             self.teacher.weights.prefetch(name)
 
     def unload_mapped(self) -> None:
-        """Give up what was read of weights outside of blocks that are mapped from their files: they are mapped anew.
+        """Give up what was read of large weights outside of blocks that are mapped from their files: they are mapped anew.
 
         A vocabulary's tables, which a few rows or a few forward passes have read, would stay in memory otherwise.
         """
-        weights, outside = self.teacher.weights, self._slots.get(None, [])
-        self._assign(
-            [
-                (slot, name)
-                for slot, name in outside
-                if is_used_mapped(weights, name, self._meta[slot].dtype, self.device)
-            ]
-        )
+        weights, large = self.teacher.weights, list[tuple[_Slot, str]]()
+        for slot, name in self._slots.get(None, []):
+            meta = self._meta[slot]
+            if meta.nbytes >= UNLOADED_BYTES and is_used_mapped(weights, name, meta.dtype, self.device):
+                large.append((slot, name))
+        self._assign(large)
 
     def hold_all(self) -> None:
         """Keep the weights of all blocks in memory from now on."""

@@ -328,26 +328,36 @@ def check_overrides_hold(
         )
 
 
-def check_initialization(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
-    """Check that the family computes initial weights for a config, with a model on the meta device.
+def check_initialization(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, teacher: PreTrainedConfig
+) -> None:
+    """Check that the family computes initial weights for a config, on the meta device.
 
     Whisper's sinusoidal positions need an even width, for example. What no weight of the teacher fills is initialized last, so
     that this would be an error after the whole of a calibration.
 
+    Args:
+        teacher: The teacher's config: where its weights are not initialized there either, nothing is known.
+
     Raises:
         ShapeError: It does not; with its reason.
     """
+    error = _initialization_error(model_class, config)
+    if error is not None and _initialization_error(model_class, teacher) is None:
+        raise ShapeError(f"{model_class.__name__} rejects this config: {error}") from error
+
+
+def _initialization_error(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Exception | None:
     try:
         model = meta_model(model_class, config)
     except MODEL_ERRORS:
-        return  # an error wherever it is built
+        return None  # an error wherever it is built
     try:
         with on_meta_device():
             model.initialize_weights()
-    except RuntimeError:
-        return  # it reads values, which there are none of on the meta device
-    except (ValueError, IndexError, AssertionError, ZeroDivisionError) as error:
-        raise ShapeError(f"{model_class.__name__} rejects this config: {error}") from error
+    except MODEL_ERRORS as error:
+        return error
+    return None
 
 
 def _flatten_overrides(

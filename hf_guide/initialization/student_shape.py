@@ -89,7 +89,7 @@ def resolve_student(
         check_config_sizes(blocks.config, teacher.config, deepest=deepest)
     check_expert_counts(blocks.config, teacher.config)
     check_overrides_hold(student_class, blocks.config, teacher.config, overrides)
-    check_initialization(student_class, blocks.config)
+    check_initialization(student_class, blocks.config, teacher.config)
     notes = [*blocks.notes, *split_heads_note(teacher.config, blocks.config, overrides)]
     return StudentShape(student_class, blocks.config, blocks.layers, notes, blocks.approximations)
 

@@ -225,7 +225,7 @@ class ShapeSearch:
             return False
         shallow = probe.build({**fixed, **changed, **{each.name: 1 for each in fields.of(SizeRole.DEPTH)}})
         try:
-            check_initialization(probe.model_class, (shallow or built)[0])
+            check_initialization(probe.model_class, (shallow or built)[0], self.teacher.config)
         except ShapeError:
             return False
         return True
