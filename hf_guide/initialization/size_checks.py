@@ -8,6 +8,7 @@ on the model. A config class takes any keyword, and some families compute a size
 
 import copy
 import dataclasses
+import functools
 import inspect
 import re
 import tempfile
@@ -23,6 +24,7 @@ from hf_guide.models.model_classes import meta_model
 from hf_guide.models.modes import on_meta_device
 from hf_guide.models.module_signature import config_signature
 from hf_guide.models.tiny_models import MODEL_ERRORS
+from hf_guide.utils.by_value import ByValue
 
 _SIZE = re.compile(
     r"(^|_)(hidden_sizes?|intermediate_size(_mlp)?|ffn_(hidden_)?(size|dim)|embedding_size|embed_dims?|proj_dim"
@@ -342,21 +344,22 @@ def check_initialization(
     Raises:
         ShapeError: It does not; with its reason.
     """
-    error = _initialization_error(model_class, config)
-    if error is not None and _initialization_error(model_class, teacher) is None:
-        raise ShapeError(f"{model_class.__name__} rejects this config: {error}") from error
+    reason = _initialization_error(ByValue.of((model_class, config)))
+    if reason is not None and _initialization_error(ByValue.of((model_class, teacher))) is None:
+        raise ShapeError(f"{model_class.__name__} rejects this config: {reason}")
 
 
-def _initialization_error(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Exception | None:
+@functools.lru_cache(maxsize=64)
+def _initialization_error(model: ByValue[tuple[type[PreTrainedModel], PreTrainedConfig]]) -> str | None:
     try:
-        model = meta_model(model_class, config)
+        built = meta_model(*model.value)
     except MODEL_ERRORS:
         return None  # an error wherever it is built
     try:
         with on_meta_device():
-            model.initialize_weights()
+            built.initialize_weights()
     except MODEL_ERRORS as error:
-        return error
+        return str(error)
     return None
 
 
