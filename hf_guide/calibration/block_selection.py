@@ -129,9 +129,12 @@ def select_blocks(
             search = _Search(sample, stack, comparison, calibration.checkpoint)
             select = search.remove if greedy else search.search
             influence = calibration.statistics.block_influence[stack]
-            return select(by_influence, influence, show_progress=setup.show_progress)
+            selection = select(by_influence, influence, show_progress=setup.show_progress)
     except UnsupportedBlockStructure as error:
         raise IncomparableOutputs(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error
+    if sample.weights is not None:
+        sample.weights.unload_mapped()  # the head, which the transfer of the weights does not need
+    return selection
 
 
 def _search_step(stack: str) -> str:
@@ -212,8 +215,6 @@ class _Search:
         for final in finals:
             differences.append(self.comparison.all_differences(self._outputs(final), reference))
             return_freed_memory()  # logits over a large vocabulary
-        if self.sample.weights is not None:
-            self.sample.weights.unload_mapped()
         return self._means(differences)
 
     def remove(self, by_influence: Sequence[int], influence: Tensor, *, show_progress: bool) -> BlockSelection:
