@@ -419,8 +419,9 @@ def plan_student(
     initializer = make_method(InitializationConfig.parse(method))
     files = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only, "subfolder": subfolder}
     code = {"trust_remote_code": trust_remote_code, "gguf_file": gguf_file}
-    budget = {"num_parameters": num_parameters, "active_parameters": active_parameters, "memory": memory}
-    if given := _given_budget(budget | {"cache_length": cache_length}, config):
+    budget: dict[str, Any] = {"num_parameters": num_parameters, "active_parameters": active_parameters}
+    budget |= {"memory": memory, "cache_length": cache_length}
+    if given := _given_budget(budget, config):
         if initializer.requires_data:
             raise OptionError(
                 f"Which shape {initializer.config.method!r} makes of {', '.join(given)} depends on its data: run find_shapes "

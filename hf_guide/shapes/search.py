@@ -111,12 +111,10 @@ class ShapeSearch:
         try:
             return derive_student_config(self.teacher.config, self.overrides, keywords=self.keywords)
         except ShapeError:
-            coupled = {each.name: each.role for each in self.size_fields.fields if each.role in COUPLED_ROLES}
-            real = self.teacher.config.attribute_map
-            roles = {coupled[name] for name in (real.get(each, each) for each in self.overrides) if name in coupled}
+            roles = {each.role for each in self.size_fields.fields if each.name in self._coupled}
             if not roles or roles >= {SizeRole.WIDTH, SizeRole.HEADS}:
                 raise
-            others = {name: value for name, value in self.overrides.items() if real.get(name, name) not in coupled}
+            others = {name: value for name, value in self._fixed.items() if name not in self._coupled}
             return derive_student_config(self.teacher.config, others, keywords=self.keywords)
 
     @functools.cached_property
@@ -124,6 +122,12 @@ class ShapeSearch:
         """The overrides under the config's own names."""
         names = self.teacher.config.attribute_map
         return {names.get(name, name): value for name, value in self.overrides.items()}
+
+    @functools.cached_property
+    def _coupled(self) -> dict[str, Any]:
+        """Of these the width, and the numbers of heads and of key/value heads."""
+        names = {each.name for each in self.size_fields.fields if each.role in COUPLED_ROLES}
+        return {name: value for name, value in self._fixed.items() if name in names}
 
     @functools.cached_property
     def _counted_changes(self) -> dict[str, Any]:
@@ -145,16 +149,15 @@ class ShapeSearch:
         derived = self.fixed_config
         student_class, fields, fixed = self.setup.model_class, self.size_fields, self._fixed
         self._check_bounds()
-        roles = {each.name: each.role for each in fields.fields}
-        changes = {name: value for name, value in self._counted_changes.items() if name not in roles}
+        names = {each.name for each in fields.fields}
+        changes = {name: value for name, value in self._counted_changes.items() if name not in names}
         probe = ModelProbe(self.teacher, student_class, changes)
         is_of_memory = self.budget.memory is not None
         width = cache_width(
             self.setup.layout, self.teacher.config, caches=student_class.can_generate(), required=is_of_memory
         )
         counter = ParameterCounter(probe, fields)
-        sizes = {name: size for name in roles if isinstance(size := fixed.get(name, vars(derived).get(name)), int)}
-        coupled = {name: value for name, value in fixed.items() if roles.get(name) in COUPLED_ROLES}
+        sizes = {name: size for name in names if isinstance(size := fixed.get(name, vars(derived).get(name)), int)}
         enumerator = ShapeEnumerator(
             fields,
             counter,
@@ -162,7 +165,7 @@ class ShapeSearch:
             sizes,
             self.setup.dtype.itemsize,
             width,
-            allows=lambda heads: probe.build({**coupled, **heads}) is not None,
+            allows=lambda heads: probe.build({**self._coupled, **heads}) is not None,
         )
         grid = enumerator.enumerate(self.budget)
         return self._best_unlike(enumerator, grid, probe)
@@ -219,11 +222,11 @@ class ShapeSearch:
         fields = enumerator.fields
         changed = overrides_of(grid, index, fields, enumerator.fixed)
         changed = {name: size for name, size in changed.items() if name in names}
-        fixed = {name: enumerator.fixed[name] for name in names if name in enumerator.fixed}
-        built = probe.build({**fixed, **changed})
+        sizes = {**self._coupled, **changed}
+        built = probe.build(sizes)
         if built is None or not axes_agree(self.setup.layout, *built):
             return False
-        shallow = probe.build({**fixed, **changed, **{each.name: 1 for each in fields.of(SizeRole.DEPTH)}})
+        shallow = probe.build({**sizes, **{each.name: 1 for each in fields.of(SizeRole.DEPTH)}})
         try:
             check_initialization(probe.model_class, (shallow or built)[0], self.teacher.config)
         except ShapeError:
