@@ -16,7 +16,7 @@ import torch
 import transformers
 from huggingface_hub import ModelCard
 from PIL import Image
-from transformers import DetrConfig, SwinConfig
+from transformers import DetrConfig, PreTrainedModel, SwinConfig
 
 from hf_guide import DistillationArguments, DistillationTrainer
 from tests.examples.local import tokenizer
@@ -223,6 +223,27 @@ FAMILIES = {
 }
 
 
+def build(family: Family, **changes: Any) -> PreTrainedModel:
+    """Return a tiny model of a family."""
+    model_class = getattr(transformers, family.model_class)
+    return model_class(model_class.config_class(**{**family.config, **changes}))
+
+
+def quiet_arguments(output: Path, **options: Any) -> DistillationArguments:
+    """Return arguments of a run on the CPU that logs every step, and saves and reports nothing."""
+    return DistillationArguments(
+        str(output),
+        per_device_train_batch_size=3,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **options,
+    )
+
+
 @pytest.fixture(scope="module")
 def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Return what gives the folder of a family's student after two steps; each is made once."""
@@ -239,27 +260,14 @@ def student_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 def distil(family: Family, teacher: Path, output: Path) -> None:
     """Distil a family's tiny teacher for two steps; save both, the student's card and what was logged."""
     torch.manual_seed(0)
-    model_class = getattr(transformers, family.model_class)
-    model_class(model_class.config_class(**family.config)).save_pretrained(teacher)
+    build(family).save_pretrained(teacher)
     processor = family.processor()
     processor.save_pretrained(teacher)
     data = family.data(processor)
     trainer = DistillationTrainer(
         {**family.smaller},
         teacher=str(teacher),
-        args=DistillationArguments(
-            str(output),
-            losses=family.losses,
-            max_steps=2,
-            per_device_train_batch_size=3,
-            per_device_eval_batch_size=3,
-            logging_steps=1,
-            save_strategy="no",
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            remove_unused_columns=False,
-        ),
+        args=quiet_arguments(output, losses=family.losses, max_steps=2, per_device_eval_batch_size=3),
         train_dataset=data,
         eval_dataset=data[:3],
         processing_class=processor,
@@ -326,8 +334,7 @@ def test_every_student_loads_by_its_cards_snippet_in_a_fresh_process(student_fol
 @pytest.mark.parametrize("name", ["yolos", "clip", "vit_mae"])
 def test_a_student_is_calibrated_on_the_batches_of_its_training(name: str, tmp_path: Path) -> None:
     family, processor = FAMILIES[name], FAMILIES[name].processor()
-    model_class = getattr(transformers, family.model_class)
-    model_class(model_class.config_class(**family.config)).save_pretrained(tmp_path / "teacher")
+    build(family).save_pretrained(tmp_path / "teacher")
     trainer = DistillationTrainer(
         {**family.smaller, "method": {"method": "calibrated", "calibration_tokens": 60}},
         teacher=str(tmp_path / "teacher"),

@@ -6,36 +6,20 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from transformers import PreTrainedModel
 
-from hf_guide import DistillationArguments, DistillationTrainer, TaskError, TeacherError
+from hf_guide import DistillationTrainer, TaskError, TeacherError
 from hf_guide.data.image_text import ImageTextCollator
-from tests.distillation.test_vision import FAMILIES, SIDE, VISION, Family, stack
+from tests.distillation.test_vision import FAMILIES, SIDE, VISION, build, quiet_arguments, stack
 from tests.small_image_text import FAMILIES as LANGUAGE_FAMILIES
 from tests.small_image_text import rows
 
 LLAVA = LANGUAGE_FAMILIES["llava"]
 
 
-def build(family: Family, **changes: Any) -> PreTrainedModel:
-    model_class = getattr(transformers, family.model_class)
-    return model_class(model_class.config_class(**{**family.config, **changes}))
-
-
 def train(student: Any, teacher: Any, data: Any, folder: Path, collate: Any = stack, **options: Any) -> dict[str, Any]:
     """Train for a step, and return what was logged."""
-    args = DistillationArguments(
-        str(folder / "out"),
-        losses=options.pop("losses", {"ce": 0.5, "kd": 0.5}),
-        max_steps=1,
-        per_device_train_batch_size=3,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        remove_unused_columns=False,
-    )
+    losses = options.pop("losses", {"ce": 0.5, "kd": 0.5})
+    args = quiet_arguments(folder / "out", losses=losses, max_steps=1)
     trainer = DistillationTrainer(
         student, teacher=teacher, args=args, train_dataset=data, data_collator=collate, **options
     )
