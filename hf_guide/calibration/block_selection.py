@@ -132,8 +132,6 @@ def select_blocks(
             selection = select(by_influence, influence, show_progress=setup.show_progress)
     except UnsupportedBlockStructure as error:
         raise IncomparableOutputs(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error
-    if sample.weights is not None:
-        sample.weights.unload_mapped()  # the head, which the transfer of the weights does not need
     return selection
 
 

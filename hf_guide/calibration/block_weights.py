@@ -1,8 +1,8 @@
 """Run a teacher that need not fit into memory: the weights of a block are there while it runs.
 
 What is outside of blocks stays: embeddings, the final norm and the head. On the CPU a weight that is stored in the dtype in
-which it is used is mapped from its file and not copied, and what was read of a large one is given up after each forward
-pass. Of a mixture one expert is in memory at a time where the module loops over its experts and the file stores them apart: it
+which it is used is mapped from its file and not copied, and what was read of a large one is given up after its module has
+run. Of a mixture one expert is in memory at a time where the module loops over its experts and the file stores them apart: it
 is read for each batch that it has tokens of.
 """
 
@@ -104,6 +104,7 @@ class BlockWeights:
         if model._can_set_experts_implementation():
             model.set_experts_implementation("eager")  # the loop that `_Experts` can take part in
         self._load(None)
+        self._unload_after_use()
         for block in self._blocks:
             block.register_forward_pre_hook(lambda block, args: self._acquire(block) if _computes(block) else None)
             block.register_forward_hook(
@@ -128,18 +129,6 @@ class BlockWeights:
         for _, name in self._slots.get(id(block), ()):
             self.teacher.weights.prefetch(name)
 
-    def unload_mapped(self) -> None:
-        """Give up what was read of large weights outside of blocks that are mapped from their files: they are mapped anew.
-
-        A vocabulary's tables, which a few rows or a few forward passes have read, would stay in memory otherwise.
-        """
-        weights, large = self.teacher.weights, list[tuple[_Slot, str]]()
-        for slot, name in self._slots.get(None, []):
-            meta = self._meta[slot]
-            if meta.nbytes >= UNLOADED_BYTES and is_used_mapped(weights, name, meta.dtype, self.device):
-                large.append((slot, name))
-        self._assign(large)
-
     def hold_all(self) -> None:
         """Keep the weights of all blocks in memory from now on."""
         for block in self._blocks:
@@ -148,6 +137,25 @@ class BlockWeights:
     def all_held(self) -> contextlib.AbstractContextManager[None]:
         """Keep the weights of all blocks in memory for the duration of the block."""
         return self.held(*self._blocks)
+
+    def _unload_after_use(self) -> None:
+        """Have modules outside of blocks give up what was read of their large weights that are mapped from files.
+
+        These are mapped anew. A vocabulary's tables would stay in memory otherwise, of which a system may map up to 2 MiB
+        around each row that is read.
+        """
+        weights, slots = self.teacher.weights, self._slots.get(None, [])
+        for module in dict.fromkeys(slot.module for slot, _ in slots):
+            large = {
+                name
+                for slot, name in slots
+                if slot.module is module
+                and self._meta[slot].nbytes >= UNLOADED_BYTES
+                and is_used_mapped(weights, name, self._meta[slot].dtype, self.device)
+            }
+            reloaded = [each for each in slots if each[1] in large]  # also where a tied weight is used
+            if reloaded:
+                module.register_forward_hook(lambda *_, slots=reloaded: self._assign(slots), always_call=True)
 
     def _acquire(self, block: nn.Module) -> None:
         self._users[id(block)] += 1

@@ -27,7 +27,10 @@ LOGIT_SCALE_TOKENS = 1024
 """Tokens on which the logit scale is fitted: it is one number, and each token costs a product with the vocabulary."""
 
 TOKENS_AT_A_TIME = 128
-"""Tokens whose logits are in memory together, in float32 or better."""
+"""Tokens whose logits the student's head computes together."""
+
+LOGITS_AT_A_TIME = 1 << 22
+"""Logits that are in memory together in float32 or better: several copies of them are."""
 
 MULTIPLIER_TOKENS = 16
 """Tokens whose logits are compared with the head's output."""
@@ -186,6 +189,7 @@ class HeadFitter:
 
     def _fit_logit_scale(self) -> float:
         multiplier = self._logit_multiplier()
+        return_freed_memory()
         if multiplier is None:
             self.state.notes.append(
                 "The logit scale is not fitted: the model does more to its head's output than multiply it."
@@ -223,10 +227,8 @@ class HeadFitter:
             for part, teacher_part in zip(
                 student_inputs.split(TOKENS_AT_A_TIME), logits.split(TOKENS_AT_A_TIME), strict=True
             ):
-                student_logits = self.student.module(part)
-                columns = min(student_logits.shape[-1], teacher_part.shape[-1])
-                probabilities = at_least_float32(teacher_part)[:, :columns].softmax(-1)
-                expected_logits.append((probabilities * student_logits[:, :columns].to(probabilities)).sum(-1))
+                pairs = _few_tokens(self.student.module(part), teacher_part)
+                expected_logits.append(torch.cat([_expected_logits(*pair) for pair in pairs]))
                 inputs.append(part)
             return_freed_memory()
             seen += len(student_inputs)
@@ -239,13 +241,13 @@ class HeadFitter:
     ) -> tuple[float, float]:
         """Return the first derivative of the divergence, and the variance of the logits, summed over all tokens."""
         slope, variance = 0.0, 0.0
-        for head_inputs, expected in zip(inputs, expected_logits, strict=True):
-            logits = self.student.module(head_inputs)
-            logits = logits.to(expected)
-            probabilities = (logits * scale).softmax(-1)
-            mean = torch.linalg.vecdot(probabilities, logits)
-            slope += (mean - expected).sum().item()
-            variance += (torch.linalg.vecdot(probabilities, logits.square_()) - mean.square()).sum().item()
+        for head_inputs, expected_of_part in zip(inputs, expected_logits, strict=True):
+            for logits, expected in _few_tokens(self.student.module(head_inputs), expected_of_part):
+                logits = logits.to(expected)
+                probabilities = (logits * scale).softmax(-1)
+                mean = torch.linalg.vecdot(probabilities, logits)
+                slope += (mean - expected).sum().item()
+                variance += (torch.linalg.vecdot(probabilities, logits.square()) - mean.square()).sum().item()
         sums = torch.tensor([slope, variance], dtype=torch.float64)
         all_reduce_sum_([sums])
         if not sums.isfinite().all():
@@ -348,18 +350,35 @@ def chunked_linear(module: nn.Module) -> Iterator[None]:
     linear = module
 
     def forward(inputs: Tensor) -> Tensor:
-        parts = row_chunks(linear.out_features, -(-linear.in_features // 4))
-        biases = [None if linear.bias is None else linear.bias[rows] for rows in parts]
-        outputs = [
-            nn.functional.linear(inputs, linear.weight[rows], bias) for rows, bias in zip(parts, biases, strict=True)
-        ]
-        return torch.cat(outputs, -1)
+        outputs: Tensor | None = None
+        for rows in row_chunks(linear.out_features, -(-linear.in_features // 4)):
+            part = nn.functional.linear(
+                inputs, linear.weight[rows], None if linear.bias is None else linear.bias[rows]
+            )
+            if outputs is None:
+                outputs = part.new_empty(*part.shape[:-1], linear.out_features)
+            outputs[..., rows] = part
+        assert outputs is not None
+        return outputs
 
     vars(module)["forward"] = forward
     try:
         yield
     finally:
         del vars(module)["forward"]
+
+
+def _few_tokens(logits: Tensor, others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield both, (tokens, ...) each, for so many tokens at a time that of logits, (tokens, V), few are in memory."""
+    step = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+    yield from zip(logits.split(step), others.split(step), strict=True)
+
+
+def _expected_logits(student: Tensor, teacher: Tensor) -> Tensor:
+    """Return the mean of the student's logits under the teacher's prediction, (tokens,), over the tokens of both."""
+    columns = min(student.shape[-1], teacher.shape[-1])
+    probabilities = at_least_float32(teacher[:, :columns]).softmax(-1)
+    return torch.linalg.vecdot(probabilities, student[:, :columns].to(probabilities))
 
 
 def _mean_products(total: NormalEquations, *, centered: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

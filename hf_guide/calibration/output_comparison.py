@@ -87,14 +87,14 @@ class OutputComparison:
             features = {TOKENS: last_hidden_state(outputs).float(), "attention_mask": batch.get(mask_name)}
             embeddings: Tensor = self.pooling(features)[SENTENCE]
             return embeddings
-        logits = task_logits(self.task, outputs, batch).float()
+        logits = task_logits(self.task, outputs, batch)
         if self.task is Task.MULTIPLE_CHOICE and logits.shape[-1] < 2:
             raise IncomparableOutputs(
                 f"{self.what} for multiple choice are scored by how choices are ranked, and a row of calibration_dataset is "
                 "one text. Pass batches whose input_ids are (batch, choices, length)."
             )
         mask = target_mask(self.task, batch, shifted=False, model=model).to(logits.device)
-        return logits[mask] if mask.shape == logits.shape[:-1] else logits.flatten(0, -2)
+        return (logits[mask] if mask.shape == logits.shape[:-1] else logits.flatten(0, -2)).float()
 
     def differences(self, student: Tensor, teacher: Tensor) -> Tensor:
         """Return how far a student's outputs are from the teacher's, (items,)."""

@@ -328,15 +328,23 @@ class BlockReconstructor:
         plan = self.state.plan
         parameter, bias = self.state.parameter_plan(ref), plan.parameters.get(ref.name + ".bias")
         transposed = ref.match.row.transposed
-        weight = plan.read(parameter.source or "")
-        weight = weight.T if transposed else weight
-        axis_map = plan.maps(parameter)[len(parameter.axes) - 1 if transposed else 0]
-        teacher_bias = weight.new_zeros(len(weight))
-        if bias is not None and bias.source is not None:
-            teacher_bias = plan.read(bias.source)
+        source, axis_map = parameter.source or "", plan.maps(parameter)[len(parameter.axes) - 1 if transposed else 0]
+        # Of an untied head a few rows are in memory at a time, where they are stored by themselves.
+        by_rows = (
+            ref.is_language_head and isinstance(axis_map, Identity) and not transposed and plan.reads_rows(source)
+        )
+        weight = None if by_rows else plan.read(source)
+        weight = weight.T if weight is not None and transposed else weight
+        teacher_bias = None if bias is None or bias.source is None else plan.read(bias.source)
 
         def joined(rows: Tensor | slice) -> Tensor:
-            return torch.cat([at_least_float32(weight[rows]), at_least_float32(teacher_bias[rows, None])], 1)
+            if weight is None:
+                assert isinstance(rows, slice)
+                part = plan.read(source, (rows.start, rows.stop))
+            else:
+                part = weight[rows]
+            part_of_bias = part.new_zeros(len(part)) if teacher_bias is None else teacher_bias[rows]
+            return torch.cat([at_least_float32(part), at_least_float32(part_of_bias)[:, None]], 1)
 
         def read(rows: slice) -> Tensor:
             if isinstance(axis_map, Selection):

@@ -498,8 +498,6 @@ class SequentialModel:
                 final = streams[batch] if is_whole else streams[batch][:rows]
                 replaced.enter_context(replaced_blocks(self.stacks[stack], self._outputs[stack], final))
             yield
-        if self.weights is not None:
-            self.weights.unload_mapped()
 
     def _run(self, stack: str) -> None:
         try:

@@ -181,6 +181,12 @@ class Plan:
                 self._seen_finite.add(name)
         return self.tensor_transforms[canonical](tensor) if canonical in self.tensor_transforms else tensor
 
+    def reads_rows(self, canonical: str) -> bool:
+        """Return whether `read` of some rows reads no others."""
+        return canonical not in self.tensor_transforms and self.teacher.weights.reads_rows(
+            self.teacher_names[canonical]
+        )
+
     def read_blocks(self, canonical: str) -> Iterator[Tensor]:
         """Yield the teacher's tensor in blocks of its first axis, each of at most `READ_BYTES` (or one entry)."""
         shape = self.teacher.weights.shape(self.teacher_names[canonical])

@@ -18,8 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_guide import OptionError, TeacherError, from_teacher
-from hf_guide.calibration import collection, resume, streams
+from hf_guide.calibration import collection, refit, resume, streams
 from hf_guide.calibration.block_weights import BlockWeights, model_without_weights
+from hf_guide.calibration.head_fitting import HeadFitter
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.recorded_inputs import InputRecorder
 from hf_guide.calibration.sequential import SequentialBlocks, SequentialModel
@@ -110,25 +111,32 @@ def test_one_block_is_in_memory_at_a_time_and_read_once_per_pass(
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/smaps"), reason="the memory of a mapped file is in /proc/self/smaps"
 )
-def test_tables_that_were_read_are_not_in_memory_while_blocks_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_that_were_read_do_not_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Else an untied head, which the search of the blocks reads whole, would stay to the end."""
     shape = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = LlamaConfig(**shape, vocab_size=65536, tie_word_embeddings=False, pad_token_id=0)
     teacher = LlamaForCausalLM(config)
     teacher.save_pretrained(tmp_path)
     table, file = teacher.lm_head.weight.nbytes, tmp_path / "model.safetensors"
-    resident: list[int] = []
-    run_block = SequentialBlocks.run_block
+    resident: dict[str, list[int]] = {}
 
-    def measuring(self: SequentialBlocks, *args: Any) -> torch.Tensor:
-        resident.append(_resident_bytes(file))
-        return run_block(self, *args)
+    def measure(owner: Any, name: str) -> None:
+        original = getattr(owner, name)
 
-    monkeypatch.setattr(SequentialBlocks, "run_block", measuring)
+        def measuring(*args: Any) -> Any:
+            resident.setdefault(name, []).append(_resident_bytes(file))
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, measuring)
+
+    measure(SequentialBlocks, "run_block")
+    measure(refit, "assign_checked")  # also of some rows of the head
+    measure(HeadFitter, "_kl_derivatives")
     make_student(tmp_path, token_batches(2))
-    assert max(resident) < table / 4
+    largest = {name: max(found) for name, found in resident.items()}
+    assert largest["run_block"] < table / 4
+    assert largest["_kl_derivatives"] < table / 4
+    assert largest["assign_checked"] < table / 2
 
 
 def _resident_bytes(file: Path) -> int:
