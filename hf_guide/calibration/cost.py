@@ -15,7 +15,7 @@ from hf_guide.calibration.block_selection import SEARCH_TOKENS, is_wide_enough
 from hf_guide.calibration.block_weights import is_used_mapped
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import default_num_tokens
-from hf_guide.calibration.head_fitting import LOGIT_SCALE_TOKENS, TOKENS_AT_A_TIME
+from hf_guide.calibration.head_fitting import LOGIT_SCALE_TOKENS, LOGITS_AT_A_TIME, TOKENS_AT_A_TIME
 from hf_guide.calibration.least_squares import fit_dtype, max_eps
 from hf_guide.calibration.output_comparison import NUMBERS_AT_A_TIME
 from hf_guide.initialization.config import LayerSelection
@@ -115,18 +115,32 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
     squares = sum(old**2 for old, _ in plan.widths.values())
     yield CostPart("the statistics", 8 * squares + 4 * width**2, is_kept=True)
     batch = min(tokens, config.calibration_batch_size * config.calibration_seq_length)
-    logits = min(batch, LOGIT_SCALE_TOKENS) * item + 4 * 4 * TOKENS_AT_A_TIME
     run = CostPart(
         "a batch in a block", batch * item * (8 * width + 4 * neurons), advice="a lower calibration_batch_size"
     )
     yield run
-    compared = SEARCH_TOKENS * (8 + item) * vocab + 16 * NUMBERS_AT_A_TIME if searches else 0
-    yield CostPart("the logits", max(logits * vocab, compared))
+    yield CostPart("the logits", _logits_bytes(min(batch, LOGIT_SCALE_TOKENS), vocab, item, searches=searches))
     if refits:
         exact = fit_dtype(max_eps(teacher.dtype, setup.dtype)).itemsize
         yield CostPart(
             "the fit of a weight", run.bytes + _fit_bytes(tokens, width, student_width, student_neurons, exact)
         )
+
+
+def _logits_bytes(tokens: int, vocab: int, item: int, *, searches: bool) -> int:
+    """Return the memory of the logits in the fit of their scale, or of those that a search of blocks compares.
+
+    Args:
+        tokens: Of a batch.
+        vocab: The teacher's vocabulary.
+        item: Bytes of one of its logits.
+        searches: Whether there is a search.
+    """
+    # With and without padding, a few of the student's, and fewer of these in float32.
+    fitted = item * vocab * (2 * tokens + TOKENS_AT_A_TIME) + 16 * min(LOGITS_AT_A_TIME, TOKENS_AT_A_TIME * vocab)
+    # As many of a set, and in float32 those of the set and the teacher's.
+    compared = SEARCH_TOKENS * (2 * item + 8) * vocab + 16 * NUMBERS_AT_A_TIME
+    return max(fitted, compared if searches else 0)
 
 
 def _fit_bytes(tokens: int, width: int, student_width: int, student_neurons: int, exact: int) -> int:
