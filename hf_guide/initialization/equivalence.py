@@ -26,7 +26,7 @@ from hf_guide.initialization.blocks.config_fields import value_at
 from hf_guide.initialization.blocks.mapping import nest_paths, resolve_blocks, stack_depths
 from hf_guide.initialization.blocks.stacks import parameters_by_block, stack_sizes
 from hf_guide.initialization.config import LayerSelection, PlanOptions
-from hf_guide.initialization.plan import make_plan
+from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.transfer import transfer_weights
 from hf_guide.layouts.grammar import AxisName, Selection, axis_names
 from hf_guide.layouts.registry import Layout

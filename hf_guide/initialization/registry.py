@@ -35,7 +35,8 @@ from hf_guide.initialization.config import (
 )
 from hf_guide.initialization.cost import CostEstimate, model_parts, transfer_parts
 from hf_guide.initialization.infer_layout import layout_for
-from hf_guide.initialization.plan import Plan, make_plan
+from hf_guide.initialization.plan import Plan
+from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import (
     InitializationReport,
     ParameterRecord,

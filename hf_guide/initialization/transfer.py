@@ -31,7 +31,8 @@ from hf_guide.initialization.basis import (
 from hf_guide.initialization.build import init_missing_weights, untie_like_teacher
 from hf_guide.initialization.config import PlanOptions
 from hf_guide.initialization.norm_folding import NormFolding
-from hf_guide.initialization.plan import READ_BYTES, ParameterPlan, Plan, is_constant, make_plan
+from hf_guide.initialization.plan import READ_BYTES, ParameterPlan, Plan, is_constant
+from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.report import InitializationReport, ParameterRecord
 from hf_guide.initialization.selection import evenly_spaced_indices
 from hf_guide.initialization.tensor_names import is_parameter, unique_tensors

@@ -60,7 +60,8 @@ from hf_guide.initialization.basis import ResidualBasis
 from hf_guide.initialization.build import untie_like_teacher
 from hf_guide.initialization.config import MEASURED_SELECTIONS, LayerSelection, PlanOptions
 from hf_guide.initialization.cost import CostEstimate
-from hf_guide.initialization.plan import Plan, make_plan
+from hf_guide.initialization.plan import Plan
+from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.transfer import Transfer

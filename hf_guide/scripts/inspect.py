@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from hf_guide.errors import HfGuideError
 from hf_guide.initialization.basis import embedding_second_moments, explained_variance, fit_basis
 from hf_guide.initialization.config import LayerSelection, PlanOptions
-from hf_guide.initialization.plan import make_plan
+from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.student_config import derive_student_config
 from hf_guide.layouts.registry import Layout
 from hf_guide.models.modes import on_meta_device

@@ -10,7 +10,7 @@ from transformers import (
     PreTrainedConfig,
 )
 
-from hf_guide.initialization.plan import merge_tied_axes
+from hf_guide.initialization.planning import merge_tied_axes
 from hf_guide.layouts.registry import registered_layouts, variant_for
 from hf_guide.modeling import from_teacher
 from tests.invariants import cases

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.initialization.build import build_student
 from hf_guide.initialization.config import PlanOptions
-from hf_guide.initialization.plan import merge_tied_axes
+from hf_guide.initialization.planning import merge_tied_axes
 from hf_guide.initialization.transfer import transfer_weights
 from hf_guide.layouts.registry import Layout, registered_layouts, variant_for
 from hf_guide.modeling import from_teacher

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.initialization.plan import merge_tied_axes
+from hf_guide.initialization.planning import merge_tied_axes
 from hf_guide.layouts.grammar import Axis, AxisName, AxisProduct
 from hf_guide.layouts.registry import config_sizes, registered_layouts, variant_for
 from hf_guide.modeling import from_teacher
