@@ -244,12 +244,22 @@ def add_key_values(values: dict[str, Any], texts: Sequence[str], flag: str) -> d
 
 
 def read_calibration_dataset(paths: Sequence[Path] | None) -> Any:
-    """Return the texts or rows in files; the one word `self_generated`, or its old name `teacher`, is returned as it is."""
+    """Return the texts or rows in files; the one word `self_generated`, or its old name `teacher`, is returned as it is.
+
+    Raises:
+        OptionError: There is no such file, or as `read_rows` and `read_texts`.
+    """
     if paths is not None and len(paths) == 1 and str(paths[0]) in ("self_generated", "teacher"):
         if not paths[0].exists():
             return str(paths[0])
     if not paths:
         return None
+    for path in paths:
+        if not path.is_file():
+            raise OptionError(
+                f"There is no file {path}: --calibration-dataset takes text, jsonl, csv or parquet files, or self_generated. "
+                "Save a dataset of the Hub to such a file, or pass it to from_teacher in Python."
+            )
     return read_rows(paths) if any(path.suffix in ROW_SUFFIXES for path in paths) else read_texts(paths)
 
 
@@ -258,7 +268,6 @@ def read_rows(paths: Sequence[Path]) -> Any:
 
     Raises:
         OptionError: The files are of several formats, or cannot be read.
-        FileNotFoundError: There is no such file.
     """
     from hf_guide.data.arguments import DataArguments
     from hf_guide.data.loading import load_splits
@@ -266,9 +275,6 @@ def read_rows(paths: Sequence[Path]) -> Any:
     suffixes = sorted({path.suffix for path in paths})
     if len(suffixes) > 1:
         raise OptionError(f"The files of --calibration-dataset must have one format; found {', '.join(suffixes)}.")
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"--calibration-dataset: there is no file {path}.")
     files = [str(path) for path in paths]
     return load_splits(DataArguments(data_files=files, validation_split_percentage=0))[0]
 

@@ -372,7 +372,8 @@ def test_a_student_is_calibrated_on_files_of_conversations(suffix, chat_teacher,
     ("names", "text"),
     [
         (["a.jsonl", "b.txt"], "must have one format; found .jsonl, .txt"),
-        (["missing.jsonl"], "there is no file .*missing.jsonl"),
+        (["missing.jsonl"], "There is no file .*missing.jsonl: --calibration-dataset takes"),
+        (["missing"], "There is no file .*missing: --calibration-dataset takes"),
         (["a.jsonl"], "not those of one format"),
     ],
 )
