@@ -1,6 +1,6 @@
 """Every check of an option: each returns the value in its canonical form, or raises an OptionError that names the option.
 
-Does: check numbers, choices and mappings; suggest the nearest valid name.
+Does: check numbers, choices, mappings and what is passed as a dataset; suggest the nearest valid name.
 Does not: check tensors (`utils/finite.py`), files or models.
 """
 
@@ -29,6 +29,46 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(word, list(known), n=3, cutoff=0.6)
     return f" Did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+
+
+def instead_of_dataset(dataset: Any) -> str | None:
+    """Return what to pass instead of a table or a mapping of columns or datasets; None where it is neither.
+
+    These have a length and can be iterated, which yields names instead of examples.
+
+    Example:
+        >>> instead_of_dataset({"text": ["a", "b"]})
+        'Pass datasets.Dataset.from_dict(...) of it.'
+        >>> instead_of_dataset({"train": [{"text": "a"}], "test": [{"text": "b"}]})
+        "Pass one of its entries ['train', 'test']."
+    """
+    if hasattr(dataset, "itertuples"):  # of pandas
+        return "Pass datasets.Dataset.from_pandas(...) of it."
+    if not isinstance(dataset, Mapping):
+        return None
+    if all(map(_is_column, dataset.values())):
+        return "Pass datasets.Dataset.from_dict(...) of it."
+    return f"Pass one of its entries {list(map(str, dataset))}."
+
+
+def _is_column(values: Any) -> bool:
+    is_list = isinstance(values, (list, tuple)) and not any(isinstance(value, Mapping) for value in values[:1])
+    return is_list or hasattr(values, "dtype")
+
+
+def check_is_dataset(dataset: Any, name: str) -> None:
+    """Check that examples are passed, and not a table, or a mapping of columns or datasets.
+
+    Args:
+        dataset: What was passed.
+        name: The name of the parameter.
+
+    Raises:
+        OptionError: States what to pass instead.
+    """
+    advice = instead_of_dataset(dataset)
+    if advice is not None:
+        raise OptionError(f"{name} must be a dataset of examples; found a {type(dataset).__name__}. {advice}")
 
 
 def check_known_fields(options: Any, names: Iterable[str]) -> None:

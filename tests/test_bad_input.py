@@ -4,13 +4,17 @@ import json
 import os
 import re
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
+import pandas
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BatchEncoding,
     BertConfig,
     BertForMaskedLM,
     FunnelConfig,
@@ -28,16 +32,22 @@ from hf_guide import (
     AutoStudentForCausalLM,
     AutoStudentForImageClassification,
     AutoStudentForSeq2SeqLM,
+    DistillationArguments,
+    DistillationTrainer,
     HfGuideError,
     InitializationConfig,
     LayoutError,
     OptionError,
     ShapeError,
     TeacherError,
+    capture_teacher,
+    find_shapes,
+    fit_subclasses,
     from_teacher,
 )
 from hf_guide.cli import main as cli
 from hf_guide.modeling import plan_student
+from tests.distillation.small import model_for
 from tests.tiny import KINDS, SIZES
 
 LLAMA = KINDS["llama"]
@@ -64,6 +74,51 @@ def error_of(error: type[HfGuideError], teacher: object, *words: str, **options:
         assert word in message, f"{word!r} is not in: {message}"
     assert isinstance(caught.value, HfGuideError) and type(caught.value) is error
     return message
+
+
+# Datasets
+
+
+def dataset_calls(teacher: PreTrainedModel, folder: Path) -> dict[str, Callable[[Any], object]]:
+    """Return each public function that takes a dataset, as a function of that alone."""
+    args = DistillationArguments(str(folder / "out"), use_cpu=True, report_to="none")
+    classifier = model_for("sequence-classification", 0)
+
+    def train(train_dataset: Any, eval_dataset: Any) -> DistillationTrainer:
+        return DistillationTrainer(LLAMA.teacher(), args, None, train_dataset, eval_dataset, teacher=teacher)
+
+    calibrated: dict[str, Any] = {"num_hidden_layers": 2, "method": "calibrated", "show_progress": False}
+    return {
+        "from_teacher": lambda data: from_teacher(teacher, calibration_dataset=data, **calibrated),
+        "find_shapes": lambda data: find_shapes(teacher, num_parameters="50%", calibration_dataset=data),
+        "capture_teacher": lambda data: capture_teacher(teacher, data, folder / "capture"),
+        "fit_subclasses": lambda data: fit_subclasses(classifier, data, num_subclasses=2),
+        "DistillationTrainer": lambda data: train(data, None),
+        "eval_dataset": lambda data: train([{"input_ids": [1, 2]}], {"part": data}),
+    }
+
+
+ROWS = {"input_ids": [[1, 2, 3], [4, 5, 6]], "labels": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("data", "advice"),
+    [
+        (pandas.DataFrame(ROWS), r"found a DataFrame\. Pass datasets\.Dataset\.from_pandas"),
+        (ROWS, r"found a dict\. Pass datasets\.Dataset\.from_dict"),
+        (BatchEncoding({"input_ids": torch.ones(2, 3)}), r"found a BatchEncoding\. Pass datasets\.Dataset\.from_dict"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict(ROWS)), r"found a DatasetDict\. Pass .* \['train'\]"),
+    ],
+)
+@pytest.mark.parametrize(
+    "call", ["from_teacher", "find_shapes", "capture_teacher", "fit_subclasses", "DistillationTrainer", "eval_dataset"]
+)
+def test_a_table_or_a_mapping_is_no_dataset(
+    teacher: PreTrainedModel, call: str, data: Any, advice: str, tmp_path: Path
+) -> None:
+    """Each has a length and can be iterated, which yields the names of its columns or of its datasets."""
+    with pytest.raises(OptionError, match=advice):
+        dataset_calls(teacher, tmp_path)[call](data)
 
 
 # Shapes

@@ -25,6 +25,7 @@ from hf_guide.models.positions import max_input_tokens
 from hf_guide.models.pretrained import load_processing_class
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.labels import IGNORE_INDEX, decoder_ids_from_labels
+from hf_guide.validation import instead_of_dataset
 
 TOKENS_PER_NEURON, MIN_TOKENS, MAX_TOKENS = 20, 8192, 65536
 EXPECTED_DATASET = (
@@ -51,9 +52,10 @@ def check_calibration_dataset(dataset: Any, method: str) -> None:
         )
     if is_self_generated(dataset):
         return
-    if isinstance(dataset, (str, bytes, Mapping)) or not isinstance(dataset, Iterable):
+    advice = instead_of_dataset(dataset)
+    if advice is not None or isinstance(dataset, (str, bytes)) or not isinstance(dataset, Iterable):
         value = repr(dataset) if isinstance(dataset, str) else f"a {type(dataset).__name__}"
-        raise OptionError(f"calibration_dataset must be {EXPECTED_DATASET}; found {value}.")
+        raise OptionError(f"calibration_dataset must be {EXPECTED_DATASET}; found {value}. {advice or ''}".rstrip())
 
 
 def load_calibration_batches(

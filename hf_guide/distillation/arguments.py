@@ -26,6 +26,7 @@ from hf_guide.utils.public_names import public_value
 from hf_guide.validation import (
     check_choice,
     check_integer,
+    check_is_dataset,
     check_mapping,
     check_number,
     check_temperature,
@@ -380,17 +381,21 @@ def validate_arguments(args: Any, expected: type[DistillationArguments] = Distil
         )
 
 
-def validate_not_empty(dataset: Any, name: str) -> None:
-    """Check that a dataset has an example; one of unknown length passes.
+def validate_datasets(train_dataset: Any, eval_dataset: Any) -> None:
+    """Check that datasets are of examples, and have one at least where their length is known; either may be None.
 
     Raises:
         OptionError: Names the dataset.
     """
-    if isinstance(dataset, dict):
-        for key, part in dataset.items():
-            validate_not_empty(part, f"{name}[{key!r}]")
-    elif dataset is not None and has_length(dataset) and len(dataset) == 0:
-        raise OptionError(f"{name} is empty; it must have at least one example. Leave it out, or give it some.")
+    parts = (
+        {f"eval_dataset[{key!r}]": part for key, part in eval_dataset.items()}
+        if isinstance(eval_dataset, dict)
+        else {}
+    )
+    for name, dataset in {"train_dataset": train_dataset, **(parts or {"eval_dataset": eval_dataset})}.items():
+        check_is_dataset(dataset, name)
+        if dataset is not None and has_length(dataset) and len(dataset) == 0:
+            raise OptionError(f"{name} is empty; it must have at least one example. Leave it out, or give it some.")
 
 
 def resolve_teacher(teacher: Any, args: DistillationArguments) -> Any:

@@ -24,7 +24,7 @@ from hf_guide.distillation.arguments import (
     DistillationArguments,
     resolve_teacher,
     validate_arguments,
-    validate_not_empty,
+    validate_datasets,
     validate_output_dir,
 )
 from hf_guide.distillation.batch_builder import BatchBuilder, DistillationBatch
@@ -233,8 +233,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             check_overridden_methods(self, DistillationMixin)
             check_next_classes(self, DistillationMixin, args)
         validate_student(model)
-        for dataset, name in ((train_dataset, "train_dataset"), (eval_dataset, "eval_dataset")):
-            validate_not_empty(dataset, name)
+        validate_datasets(train_dataset, eval_dataset)
 
     def _setup_distillation(self, source: Any) -> None:
         """Check the student, load its teachers, and set up the losses."""

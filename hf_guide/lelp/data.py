@@ -21,6 +21,7 @@ from hf_guide.signal_cache.reader import Capture
 from hf_guide.tasks import OutputKind, Task, output_kind
 from hf_guide.teachers.forward import TeacherRunner
 from hf_guide.utils.labels import TRAINER_LABEL_COLUMNS
+from hf_guide.validation import check_is_dataset
 
 LOGIT_TOLERANCE = {torch.float16: 0.05, torch.bfloat16: 0.2}  # of the logits' spread; 1e-3 for others
 
@@ -134,13 +135,9 @@ def peek_first(dataset: Any) -> tuple[Any, Any]:
     """Return a dataset that still yields all of its examples, and the first of them.
 
     Raises:
-        OptionError: It is empty, a mapping of several datasets, a name, or not a dataset.
+        OptionError: It is empty, a table or a mapping, a name, or not a dataset.
     """
-    if isinstance(dataset, Mapping):
-        raise OptionError(
-            f"One dataset was expected; found a {type(dataset).__name__} of {list(dataset)}. Pass one of these, such as "
-            'dataset["train"].'
-        )
+    check_is_dataset(dataset, "dataset")
     if isinstance(dataset, (str, bytes, os.PathLike)):
         raise OptionError(
             f"A dataset must contain processed examples; found the {type(dataset).__name__} {str(dataset)!r}. Load it first, "

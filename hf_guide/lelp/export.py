@@ -49,7 +49,7 @@ from hf_guide.teachers.forward import forward_outputs
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
 from hf_guide.utils.files import staged_update
 from hf_guide.utils.labels import config_class_names
-from hf_guide.validation import StringEnum, check_choice, check_number
+from hf_guide.validation import StringEnum, check_choice, check_is_dataset, check_number
 
 __all__ = [
     "ExportFormat",
@@ -319,6 +319,7 @@ def _collect_head_inputs(
     show_progress: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return the inputs of the head, (N, width), and the class logits, (N, C), in float64."""
+    check_is_dataset(dataset, "dataset")
     loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch_size, collate_fn=collate)
     head_inputs: list[Tensor] = []
     logits: list[Tensor] = []

@@ -52,6 +52,7 @@ from hf_guide.utils.distributed import RankMonitor, barrier, rank_and_world_size
 from hf_guide.utils.fingerprint import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from hf_guide.utils.public_names import public_name, without_private_keys
 from hf_guide.utils.resumable import resumable_write
+from hf_guide.validation import check_is_dataset
 from hf_guide.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -468,6 +469,7 @@ def distributed_state() -> PartialState:
 
 
 def _num_examples(dataset: Any) -> int:
+    check_is_dataset(dataset, "dataset")
     if not is_map_style(dataset):
         raise OptionError(
             f"The dataset must have a length and an index, so that a killed capture can be continued; found a "

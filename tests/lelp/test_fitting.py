@@ -382,7 +382,7 @@ def test_invalid_input_raises_before_or_where_it_is_read(tmp_path):
         (
             {"dataset": datasets.DatasetDict(train=datasets.Dataset.from_list(rows))},
             OptionError,
-            r"\['train'\]. Pass one",
+            r"found a DatasetDict. Pass one of its entries \['train'\]",
         ),
         (
             {"dataset": [{"text": "words", "label": 0}], "data_collator": None},
