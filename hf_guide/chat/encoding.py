@@ -242,8 +242,8 @@ class _Renderer:
         if getattr(tokenizer, "chat_template", None) is None:
             raise OptionError(
                 f"{data_format.dataset}: column {data_format.columns[0]!r} contains conversations, and the tokenizer has no "
-                "chat_template to format them. Set tokenizer.chat_template or chat_template_path, or set text_column to a "
-                "column of texts."
+                "chat_template to format them. Set tokenizer.chat_template, or chat_template_path in a file of `hf-guide "
+                "distill`, or pass texts."
             )
 
     def __call__(self, messages: Messages, *, add_generation_prompt: bool = False) -> str:
