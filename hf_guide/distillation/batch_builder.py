@@ -39,6 +39,13 @@ from hf_guide.teachers.forward import LiveTeacher
 from hf_guide.teachers.signals import TeacherSignal, TeacherSignals
 from hf_guide.utils.labels import IGNORE_INDEX
 
+_LABEL_ADVICE = {
+    Task.CAUSAL_LM: "Pass data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False), which makes them of the tokens",
+    Task.MASKED_LM: "Pass data_collator=DataCollatorForLanguageModeling(tokenizer), which makes them of the masked tokens",
+    Task.SEQ2SEQ_LM: "Give the dataset labels, the target's tokens, and pass data_collator=DataCollatorForSeq2Seq(tokenizer)",
+}
+"""Where a batch gets labels, for tasks whose datasets often have none of their own."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationBatch:
@@ -159,7 +166,7 @@ class BatchBuilder:
         if TASK_LOSS in self.losses and not is_labeled:
             raise TaskError(
                 f"The losses have the task loss, 'ce', but the batch has no {' or '.join(self.label_names)}; it has "
-                f"{sorted(own)}. Give the dataset labels, or leave 'ce' out."
+                f"{sorted(own)}. {_LABEL_ADVICE.get(self.task, 'Give the dataset labels')}, or leave 'ce' out."
             )
         self._check_labels(own)
         signals = self._teacher_signals(own, cached, mask, training=training)

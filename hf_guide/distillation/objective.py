@@ -438,7 +438,9 @@ def build_objective(
     objective = Objective(task, weights, losses, args.loss_configs, args.loss_chunk_size, head=head)
     if objective.required_signals and not teachers:
         names = sorted(name for name, term in losses.items() if term.requires is not TeacherSignal.LABELS)
-        raise OptionError(f"The losses {', '.join(names)} need a teacher: pass teacher= or teacher_cache=.")
+        raise OptionError(
+            f"The losses {', '.join(names)} need a teacher: pass teacher=, or set teacher or teacher_cache in the arguments."
+        )
     objective.num_classes = min((each.classes for each in teachers if each.classes is not None), default=None)
     compared = [name for name, term in losses.items() if term.requires in (TeacherSignal.LOGITS, TeacherSignal.BOXES)]
     reason = next(filter(None, (incomparable_logits(task, student.config, each.config) for each in teachers)), None)

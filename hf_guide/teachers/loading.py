@@ -184,9 +184,15 @@ def check_is_teacher(teacher: Any) -> None:
         OptionError: It is something else.
     """
     if not isinstance(teacher, (str, os.PathLike)) and not is_loaded(teacher):
-        raise OptionError(
-            f"A teacher must be a Hub id, a folder or a PreTrainedModel; found {type(teacher).__name__} {teacher!r:.60}."
-        )
+        raise OptionError(f"A teacher must be a Hub id, a folder or a PreTrainedModel; found {_describe(teacher)}.")
+
+
+def _describe(value: Any) -> str:
+    """Return what is no teacher in a few words: a class by its name, another object by its class's, a number as it is."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    shown = repr(value)
+    return f"{type(value).__name__} {shown}" if len(shown) <= 60 else f"a {type(value).__name__}"
 
 
 def _load_for_task(teacher: Any, task: Task, init_kwargs: dict[str, Any]) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_guide import DistillationArguments, DistillationTrainer, capture_teacher
 from hf_guide.distillation.losses.registry import register_loss
@@ -111,6 +112,8 @@ INVALID_CALLS: list[tuple[Callable[[Path], Any], type[HfGuideError], list[str]]]
         ["layer 5", "0 to 2"],
     ),
     (given("causal-lm", lambda: 7), OptionError, ["found int 7"]),
+    (given("causal-lm", lambda: LlamaForCausalLM), OptionError, ["found the class LlamaForCausalLM"]),
+    (given("causal-lm", LlamaConfig), OptionError, ["found a LlamaConfig"]),
     (given("causal-lm", list), OptionError, ["no teacher in the sequence"]),
     (given("causal-lm", lambda: "no/such-teacher"), TeacherError, ["no/such-teacher"]),
     (given("causal-lm", lambda: llama(2), use_liger_kernel=True), OptionError, ["use_liger_kernel"]),
@@ -258,7 +261,7 @@ def test_a_batch_without_labels_is_an_error_with_the_task_loss(tmp_path: Path) -
     trainer = DistillationTrainer(
         llama(1), arguments(tmp_path, losses={"ce": 0.5, "kd": 0.5}), collate, unlabelled, teacher=llama(2)
     )
-    with pytest.raises(TaskError, match="'ce'.*no labels"):
+    with pytest.raises(TaskError, match=r"'ce'.*no labels.*DataCollatorForLanguageModeling\(tokenizer, mlm=False\)"):
         trainer.train()
     DistillationTrainer(llama(1), arguments(tmp_path, losses="kd"), collate, unlabelled, teacher=llama(2)).train()
 
