@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, Seq2SeqTrainer, TrainerCallback
+from transformers.debug_utils import DebugOption
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput
 from transformers.utils import ModelOutput
 from typing_extensions import Self
@@ -180,8 +181,8 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         peft_config: Any = None,
         **next_class_kwargs: Any,
     ):
-        check_next_keywords(self, DistillationMixin, next_class_kwargs)
         args = self.arguments_class("tmp_trainer") if args is None else args
+        check_next_keywords(self, DistillationMixin, args, next_class_kwargs)
         self._validate_init(model, args, train_dataset, eval_dataset)
         if teacher is not None and teacher_model is not None:
             raise OptionError("teacher and teacher_model, its name in TRL, are both given; keep teacher.")
@@ -313,6 +314,8 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             or self.compute_loss_func is not None
             or self.label_smoother is not None
             or self.args.torch_compile
+            or DebugOption.UNDERFLOW_OVERFLOW
+            in self.args.debug  # reads the output of every module, which must have one
         )
         head = None if needs_all_logits else find_head_all_ranks(student, self.task, self.accelerator)
         return head if head is not None and head.shifted == self._shifted else None

@@ -216,19 +216,20 @@ def check_arguments_class(trainer: Any, args: Any) -> None:
             )
 
 
-def check_next_keywords(trainer: Any, base: type, names: Collection[str]) -> None:
+def check_next_keywords(trainer: Any, base: type, args: Any, names: Collection[str]) -> None:
     """Check that a class after `base` takes the keywords that are not `base`'s own.
 
     Raises:
-        TypeError: None takes one of them; names the nearest.
+        TypeError: None takes one of them; names the arguments whose field it is, or the nearest.
     """
     accepted = _next_init_parameters(type(trainer), base)
     for name in names:
         if name not in accepted:
             known = [*inspect.signature(base.__init__).parameters, *accepted]  # type: ignore[misc]
-            raise TypeError(
-                f"{type(trainer).__name__}.__init__() got an unexpected keyword argument {name!r}.{did_you_mean(name, known)}"
-            )
+            advice = f".{did_you_mean(name, known)}"
+            if name in getattr(args, "__dataclass_fields__", {}):
+                advice = f", which is a field of its args: pass {type(args).__name__}({name}=...)."
+            raise TypeError(f"{type(trainer).__name__}.__init__() got an unexpected keyword argument {name!r}{advice}")
 
 
 def next_init_kwargs(trainer: Any, base: type, keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,6 +83,12 @@ def test_gradient_checkpointing_leaves_gradients_as_they_are(tmp_path: Path) -> 
     assert (plain - saved).norm() < 1e-5 * plain.norm()
 
 
+def test_a_run_that_reports_overflow_has_the_same_gradient(tmp_path: Path) -> None:
+    plain = gradient("causal-lm", tmp_path, {"ce": 0.5, "kd": 0.5})
+    debugged = gradient("causal-lm", tmp_path, {"ce": 0.5, "kd": 0.5}, debug="underflow_overflow")
+    assert (plain - debugged).norm() < 1e-5 * plain.norm()
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, while it compiles
 @pytest.mark.slow
 def test_a_compiled_student_has_the_same_gradient(tmp_path: Path) -> None:

@@ -376,6 +376,10 @@ def test_a_keyword_that_no_class_takes_is_an_error(tmp_path: Path) -> None:
     for kind in (DistillationTrainer, WeightedDistillation):
         with pytest.raises(TypeError, match="unexpected keyword argument 'techer'. Did you mean 'teacher'"):
             kind(student, DistillationArguments(str(tmp_path), use_cpu=True), techer=student)
+        with pytest.raises(
+            TypeError, match=r"'temperature', which is a field of its args: pass DistillationArguments\(temp"
+        ):
+            kind(student, DistillationArguments(str(tmp_path), use_cpu=True), temperature=2.0)
 
 
 def test_the_recipes_of_the_guide_construct(tmp_path: Path) -> None:
