@@ -83,15 +83,15 @@ def select_blocks(
         layers = layers.get(stack, LayerSelection.UNIFORM.value)
     if not isinstance(layers, str):
         chosen = list(layers)
-        if len(chosen) != student:
-            raise OptionError(
-                f"layer_selection names {len(chosen)} teacher blocks, but the student has {student}{of_stack}: name one for "
-                "each of the student's blocks, with a mapping from stack to list where there are several stacks."
-            )
         outside = [block for block in chosen if not 0 <= block < teacher]
         if outside:
             raise OptionError(
                 f"layer_selection names the teacher blocks {outside}{of_stack}, but the teacher has only 0 to {teacher - 1}."
+            )
+        if len(chosen) != student:
+            raise OptionError(
+                f"layer_selection names {len(chosen)} teacher blocks, but the student has {student}{of_stack}: name one for "
+                "each of the student's blocks, with a mapping from stack to list where there are several stacks."
             )
         return chosen
     if student > teacher:
