@@ -226,7 +226,7 @@ def check_next_keywords(trainer: Any, base: type, args: Any, names: Collection[s
     for name in names:
         if name not in accepted:
             known = [*inspect.signature(base.__init__).parameters, *accepted]  # type: ignore[misc]
-            advice = f".{did_you_mean(name, known)}"
+            advice = ". It is named processing_class." if name == "tokenizer" else f".{did_you_mean(name, known)}"
             if name in getattr(args, "__dataclass_fields__", {}):
                 advice = f", which is a field of its args: pass {type(args).__name__}({name}=...)."
             raise TypeError(f"{type(trainer).__name__}.__init__() got an unexpected keyword argument {name!r}{advice}")

@@ -380,6 +380,8 @@ def test_a_keyword_that_no_class_takes_is_an_error(tmp_path: Path) -> None:
             TypeError, match=r"'temperature', which is a field of its args: pass DistillationArguments\(temp"
         ):
             kind(student, DistillationArguments(str(tmp_path), use_cpu=True), temperature=2.0)
+        with pytest.raises(TypeError, match="'tokenizer'. It is named processing_class"):
+            kind(student, DistillationArguments(str(tmp_path), use_cpu=True), tokenizer=None)
 
 
 def test_the_recipes_of_the_guide_construct(tmp_path: Path) -> None:
