@@ -1,6 +1,7 @@
 """The commands, the code and the links of the README and of the guides work as they are written."""
 
 import ast
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -13,8 +14,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 import hf_guide
 from hf_guide.cli.main import build_parser
+from hf_guide.data.arguments import DataArguments, ModelArguments
+from hf_guide.distillation.arguments import Seq2SeqDistillationArguments
 from hf_guide.initialization.equivalence import check_equivalence
 from hf_guide.layouts import registry
+from hf_guide.modeling import FROM_TEACHER_PARAMETERS
 from hf_guide.models.tiny_models import build_tiny_model, randomize_parameters, tiny_config
 from tests.examples.local import make_model, sentences, tokenizer
 
@@ -45,6 +49,15 @@ def commands(name: str) -> list[list[str]]:
     """Return the commands of a file's bash blocks, without comments."""
     text = re.sub(r"\\\n", " ", "\n".join(blocks(name, "bash")))
     return [words for line in text.splitlines() if (words := shlex.split(line, comments=True))]
+
+
+def test_options_in_the_text_of_the_guides_are_those_of_a_configuration_file() -> None:
+    """Such as `packing: false`: an old name, which works for one more release, is not one."""
+    classes = (ModelArguments, DataArguments, Seq2SeqDistillationArguments)
+    known = {field.name for each in classes for field in dataclasses.fields(each)} | set(FROM_TEACHER_PARAMETERS)
+    found = {name: set(re.findall(r"`(\w+): [^`\n]*`", read(name))) for name in ("README.md", "examples/README.md")}
+    assert sum(map(len, found.values())) > 5
+    assert {name: keys - known for name, keys in found.items()} == {name: set() for name in found}
 
 
 @pytest.fixture

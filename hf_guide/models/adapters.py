@@ -167,6 +167,9 @@ def forward_parameters(model: Any) -> frozenset[str]:
     return _forward_parameters_of_class(kind)
 
 
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
 @functools.cache
 def _forward_parameters_of_class(kind: type) -> frozenset[str]:
     """Return the names that a class's `forward` takes; where it takes any keyword, those of the class it derives from, too."""
@@ -176,7 +179,7 @@ def _forward_parameters_of_class(kind: type) -> frozenset[str]:
         if each is nn.Module or forward is None:
             continue
         parameters = inspect.signature(forward).parameters
-        names |= frozenset(parameters)
+        names |= {name for name, parameter in parameters.items() if parameter.kind not in _VARIADIC}
         if all(parameter.kind is not inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
             break
     return names - {"self"}
