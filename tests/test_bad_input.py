@@ -249,7 +249,9 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
         ({"revison": "main"}, ["'revison'", "Did you mean 'revision'?"]),
         ({"metod": "uniform"}, ["'metod'", "Did you mean 'method'?"]),
         ({"trust_remote_cod": True}, ["'trust_remote_cod'", "'trust_remote_code'"]),
-        ({"quantization_config": {}}, ["'quantization_config'"]),
+        ({"quantization_config": {}}, ["'quantization_config'", "load the teacher with quantization_config=..."]),
+        ({"device_map": "auto"}, ["'device_map'", "an argument of from_pretrained", "pass the model"]),
+        ({"attn_implementation": "eager"}, ["'attn_implementation'", "call set_attn_implementation of the student"]),
         (
             {"subsequent_layers": "uniform"},
             ["'subsequent_layers' is an option of the method", "'subsequent_layers': 'uniform'"],
@@ -383,6 +385,10 @@ def test_what_is_no_teacher(tmp_path: Path, teacher: PreTrainedModel) -> None:
     error_of(TeacherError, tmp_path / "nowhere", "nowhere", "no such folder")
     error_of(TeacherError, "./nowhere", "./nowhere", "no such folder")
     error_of(TeacherError, tmp_path, str(tmp_path), "config")
+    error_of(TeacherError, tmp_path, "has no folder 'part'", subfolder="part")
+    for name, advice in (("model.safetensors", "pass its folder."), ("q4.gguf", "with gguf_file='q4.gguf'")):
+        (tmp_path / name).touch()
+        error_of(TeacherError, tmp_path / name, f"{name} is a file", advice)
     error_of(TeacherError, "someone/unheard-of", "someone/unheard-of")
     with torch.device("meta"):
         offloaded = LlamaForCausalLM(LlamaConfig(**CONFIG))

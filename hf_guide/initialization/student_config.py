@@ -224,6 +224,29 @@ def _known_names(config: PreTrainedConfig) -> set[str]:
     return {name for name in known if not name.startswith("_")} - set(_NOT_INHERITED)
 
 
+_OF_TEACHER = frozenset(
+    "device_map max_memory offload_folder quantization_config load_in_4bit load_in_8bit tp_plan variant use_safetensors "
+    "ignore_mismatched_sizes key_mapping force_download proxies low_cpu_mem_usage".split()
+)
+"""Arguments of `from_pretrained` alone."""
+
+_OF_STUDENT = {
+    "attn_implementation": "set_attn_implementation",
+    "experts_implementation": "set_experts_implementation",
+}
+"""Arguments of `from_pretrained`, and the methods of a model that do the same later."""
+
+
+def _loading_hint(name: str) -> str:
+    if name in _OF_TEACHER:
+        return f" It is an argument of from_pretrained: load the teacher with {name}=..., and pass the model."
+    if name in _OF_STUDENT:
+        return (
+            f" It is an argument of from_pretrained: call {_OF_STUDENT[name]} of the student, or of a loaded teacher."
+        )
+    return ""
+
+
 def _canonical_names(
     config: PreTrainedConfig, overrides: Mapping[str, Any], keywords: Collection[str]
 ) -> dict[str, Any]:
@@ -235,7 +258,7 @@ def _canonical_names(
             if name in keywords:
                 raise OptionError(f"{name!r} is an option of other functions, and has no effect here: leave it out.")
             names = known | config.attribute_map.keys() | set(keywords)
-            near = _nested_override_hint(config, name, value) or did_you_mean(name, names)
+            near = _loading_hint(name) or _nested_override_hint(config, name, value) or did_you_mean(name, names)
             raise OptionError(f"{type(config).__name__} has no {name!r} to override.{near}")
         if real in named and named[real] != value:
             raise OptionError(f"{name!r} and its alias are both given, as {named[real]!r} and {value!r}: keep one.")

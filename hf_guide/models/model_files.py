@@ -78,13 +78,17 @@ def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = W
     A Hub id is not checked: the Hub's client keeps its files together.
 
     Raises:
-        TeacherError: a file is outside of the folder; or the name begins with '~', which only a shell expands.
+        TeacherError: a file is outside of the folder; or the name is that of a file, or begins with '~', which only a shell
+            expands.
     """
     folder = Path(name)
     if folder.parts[:1] == ("~",) and not folder.exists():
         raise TeacherError(
             f"There is no folder {name}: '~' is expanded by a shell only. Write the whole path, {folder.expanduser()}."
         )
+    if folder.is_file():
+        gguf = f", with gguf_file={folder.name!r}" if folder.suffix == ".gguf" else ""
+        raise TeacherError(f"{name} is a file; pass its folder{gguf}.")
     if not folder.is_dir():
         return
     for entry in os.scandir(folder):

@@ -101,6 +101,8 @@ def open_teacher(
         "subfolder": subfolder,
     }
     check_model_folder(name)
+    if os.path.isdir(name) and not os.path.isdir(os.path.join(name, subfolder)):
+        raise TeacherError(f"{name} has no folder {subfolder!r}: subfolder must name one in it.")
     missing = "" if os.path.exists(name) else ": there is no such folder, and as a Hub id"
     with unreadable_as(TeacherError, f"{name} cannot be read{missing}"):
         adapter = None if gguf_file else find_adapter_config_file(name, **hub)
