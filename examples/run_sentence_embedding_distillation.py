@@ -88,6 +88,8 @@ def main() -> None:
     else:
         model_args, data_args, training_args = parser.parse_args_into_dataclasses()
 
+    if not (training_args.do_train or training_args.do_eval):
+        raise ValueError("There is nothing to do: pass --do_train, --do_eval or both.")
     logging.basicConfig(level=training_args.get_process_log_level(), handlers=[logging.StreamHandler(sys.stdout)])
     transformers.utils.logging.set_verbosity(training_args.get_process_log_level())
     set_seed(training_args.seed)

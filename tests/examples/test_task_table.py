@@ -1,6 +1,9 @@
-"""The table of tasks in `examples/README.md` agrees with `Task` and with the scripts that exist."""
+"""The table of tasks in `examples/README.md` agrees with `Task` and with the scripts that exist; what all scripts refuse."""
 
+import importlib
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +61,14 @@ def test_the_scripts_of_the_table_are_those_of_the_folder() -> None:
     assert list(rows) == [task.value for task in Task]
     named = {script for scripts, _ in rows.values() for script in scripts if script.endswith("_distillation.py")}
     assert named == {path.name for path in EXAMPLES.glob("run_*_distillation.py")}
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in EXAMPLES.glob("run_*.py")))
+def test_a_script_that_neither_trains_nor_evaluates_is_an_error(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--dataset_name", "some/dataset", "--output_dir", str(tmp_path / "student"), "--use_cpu"]
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *data])
+    with pytest.raises(ValueError, match="nothing to do: pass --do_train, --do_eval or both"):
+        importlib.import_module(f"examples.{script}").main()
+    assert not (tmp_path / "student").exists()
