@@ -314,8 +314,8 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
             or self.compute_loss_func is not None
             or self.label_smoother is not None
             or self.args.torch_compile
-            or DebugOption.UNDERFLOW_OVERFLOW
-            in self.args.debug  # reads the output of every module, which must have one
+            # Its hooks read the output of every module, which must have one.
+            or DebugOption.UNDERFLOW_OVERFLOW in self.args.debug
         )
         head = None if needs_all_logits else find_head_all_ranks(student, self.task, self.accelerator)
         return head if head is not None and head.shifted == self._shifted else None
