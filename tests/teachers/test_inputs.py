@@ -405,6 +405,7 @@ def test_a_teacher_of_another_kind_of_problem_is_an_error(tmp_path: Path) -> Non
 
 
 def test_a_dataset_without_an_example_is_an_error(tmp_path: Path) -> None:
-    for data in ([], {"one": [1], "other": []}):
+    args, student = arguments(tmp_path / "out"), model("LlamaForCausalLM")
+    for train, evaluated in (([], None), ([1], []), ([1], {"one": [1], "other": []})):
         with pytest.raises(HfGuideError, match=r"_dataset.* is empty"):
-            trainer_of(tmp_path, model("LlamaForCausalLM"), model("LlamaForCausalLM"), data, None, None)
+            DistillationTrainer(student, args, None, train, evaluated, teacher=model("LlamaForCausalLM"))
