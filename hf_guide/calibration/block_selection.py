@@ -129,10 +129,9 @@ def select_blocks(
             search = _Search(sample, stack, comparison, calibration.checkpoint)
             select = search.remove if greedy else search.search
             influence = calibration.statistics.block_influence[stack]
-            selection = select(by_influence, influence, show_progress=setup.show_progress)
+            return select(by_influence, influence, show_progress=setup.show_progress)
     except UnsupportedBlockStructure as error:
         raise IncomparableOutputs(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error
-    return selection
 
 
 def _search_step(stack: str) -> str:

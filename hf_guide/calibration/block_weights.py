@@ -144,18 +144,16 @@ class BlockWeights:
         These are mapped anew. A vocabulary's tables would stay in memory otherwise, of which a system may map up to 2 MiB
         around each row that is read.
         """
-        weights, slots = self.teacher.weights, self._slots.get(None, [])
-        for module in dict.fromkeys(slot.module for slot, _ in slots):
-            large = {
-                name
-                for slot, name in slots
-                if slot.module is module
-                and self._meta[slot].nbytes >= UNLOADED_BYTES
-                and is_used_mapped(weights, name, self._meta[slot].dtype, self.device)
-            }
-            reloaded = [each for each in slots if each[1] in large]  # also where a tied weight is used
-            if reloaded:
-                module.register_forward_hook(lambda *_, slots=reloaded: self._assign(slots), always_call=True)
+        large = [
+            (slot, name)
+            for slot, name in self._slots.get(None, [])
+            if self._meta[slot].nbytes >= UNLOADED_BYTES
+            and is_used_mapped(self.teacher.weights, name, self._meta[slot].dtype, self.device)
+        ]
+        for module in dict.fromkeys(slot.module for slot, _ in large):
+            names = {name for slot, name in large if slot.module is module}
+            slots = [(slot, name) for slot, name in large if name in names]  # also where a tied weight is used
+            module.register_forward_hook(lambda *_, slots=slots: self._assign(slots), always_call=True)
 
     def _acquire(self, block: nn.Module) -> None:
         self._users[id(block)] += 1
