@@ -7,6 +7,7 @@ Does not: check tensors (`utils/finite.py`), files or models.
 import difflib
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping
 from enum import Enum
 from numbers import Integral, Real
@@ -57,7 +58,7 @@ def _is_column(values: Any) -> bool:
 
 
 def check_is_dataset(dataset: Any, name: str) -> None:
-    """Check that examples are passed, and not a table, or a mapping of columns or datasets.
+    """Check that examples are passed, and not a name, a table, or a mapping of columns or datasets.
 
     Args:
         dataset: What was passed.
@@ -66,6 +67,11 @@ def check_is_dataset(dataset: Any, name: str) -> None:
     Raises:
         OptionError: States what to pass instead.
     """
+    if isinstance(dataset, (str, bytes, os.PathLike)):
+        raise OptionError(
+            f"{name} must contain processed examples; found the {type(dataset).__name__} {str(dataset)!r}. Load it first, "
+            "as by datasets.load_dataset, and process it as for training."
+        )
     advice = instead_of_dataset(dataset)
     if advice is not None:
         raise OptionError(f"{name} must be a dataset of examples; found a {type(dataset).__name__}. {advice}")

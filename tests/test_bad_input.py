@@ -121,6 +121,14 @@ def test_a_table_or_a_mapping_is_no_dataset(
         dataset_calls(teacher, tmp_path)[call](data)
 
 
+@pytest.mark.parametrize("call", ["capture_teacher", "fit_subclasses", "DistillationTrainer", "eval_dataset"])
+@pytest.mark.parametrize("name", ["rows.jsonl", Path("rows.jsonl")])
+def test_a_name_is_no_dataset(teacher: PreTrainedModel, call: str, name: Any, tmp_path: Path) -> None:
+    """Its characters were taken for examples."""
+    with pytest.raises(OptionError, match=r"processed examples; found the \w+ 'rows\.jsonl'\. Load it first"):
+        dataset_calls(teacher, tmp_path)[call](name)
+
+
 # Shapes
 
 

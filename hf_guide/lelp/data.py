@@ -1,6 +1,5 @@
 """Features of a dataset's examples for a projector: batches, labels in the teacher's numbering, embeddings and logits."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -135,14 +134,9 @@ def peek_first(dataset: Any) -> tuple[Any, Any]:
     """Return a dataset that still yields all of its examples, and the first of them.
 
     Raises:
-        OptionError: It is empty, a table or a mapping, a name, or not a dataset.
+        OptionError: It is empty, or not a dataset.
     """
     check_is_dataset(dataset, "dataset")
-    if isinstance(dataset, (str, bytes, os.PathLike)):
-        raise OptionError(
-            f"A dataset must contain processed examples; found the {type(dataset).__name__} {str(dataset)!r}. Load it first, "
-            "as by datasets.load_dataset, and process it as for training."
-        )
     if is_map_style(dataset):
         if not len(dataset):
             raise OptionError("The dataset is empty; pass one with examples.")
