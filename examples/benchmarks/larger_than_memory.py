@@ -22,9 +22,10 @@ process; the read once from the disk, once from the page cache. Needs the packag
 
 `--calibrated WIDTH:BLOCKS ...` makes students by `method="calibrated"` instead, each in a fresh process of one thread, with
 all activations on the disk: the memory taken against the student, three of the teacher's largest tensors and two of its
-blocks, and against the estimate; and the processor time against that of a forward pass of the same tokens (a block's, times
-the number of blocks, without the head; in bfloat16 or float32, whichever is faster on this machine). A teacher has a
-vocabulary of 32,000 and an MLP of four times its width; the student is half as wide in everything, with half the blocks.
+blocks, and against the estimate; and the processor time against that of a forward pass of the same tokens, without its
+logits and with them (a block's, times the number of blocks; in bfloat16 or float32, whichever is faster on this machine). A
+teacher has a vocabulary of 32,000 and an MLP of four times its width; the student is half as wide in everything, with half the
+blocks.
 `8b:BLOCKS` is a teacher of Llama-3.1-8B's width and vocabulary with so many blocks, `3b:BLOCKS` of Llama-3.2-3B's with a head
 of its own, and `smollm2:30` is SmolLM2-135M in bfloat16 (`--teacher`).
 With `--resume FOLDER` a stopped run continues.
@@ -199,19 +200,26 @@ row["student"] = sum(p.numel() * p.element_size() for p in student.parameters())
 row["parts"] = {name: round(each, 1) for name, each in student.initialization_report.seconds.items()}
 row["estimate"] = plan_student(folder, method=options, **shape).estimate.memory_bytes
 del student
-blocks, config.num_hidden_layers, config.vocab_size = config.num_hidden_layers, 1, 8
-model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).model.eval()
+blocks, config.num_hidden_layers = config.num_hidden_layers, 1
+model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16).eval()
 inputs = torch.randn(1, 256, config.hidden_size, generator=generator).bfloat16()
+
+
+def seconds_of(run):  # of a pass of all rows, from eight of them
+    run()
+    start = time.process_time()
+    for _ in batches[:8]:
+        run()
+    return (time.process_time() - start) * rows / min(rows, 8)
+
+
 passes = []
 with torch.no_grad():
     for dtype in (torch.bfloat16, torch.float32):  # the faster one; without instructions for bfloat16 that is float32
         model, inputs = model.to(dtype), inputs.to(dtype)
-        model(inputs_embeds=inputs)
-        start = time.process_time()
-        for _ in batches[:8]:
-            model(inputs_embeds=inputs, use_cache=False)
-        passes.append(blocks * (time.process_time() - start) * rows / min(rows, 8))
-row["forward_pass"], row["forward_pass_dtype"] = min(zip(passes, ("bfloat16", "float32")))
+        of_blocks = blocks * seconds_of(lambda: model.model(inputs_embeds=inputs, use_cache=False))
+        passes.append((of_blocks, seconds_of(lambda: model.lm_head(inputs)), str(dtype).removeprefix("torch.")))
+row["forward_pass"], row["head"], row["forward_pass_dtype"] = min(passes)
 print(json.dumps(row))
 """
 
@@ -344,13 +352,14 @@ def measure_calibrated(spec: str, tokens: int, output: Path, teacher: Path | Non
     row |= {"spec": spec, "width": width, "blocks": blocks, "tokens": tokens, "teacher": size}
     used, bound = row["peak_memory"] - row["before"], row["student"] + 3 * largest + 2 * block_bytes
     row |= {"memory_bound": bound, "memory_ratio": used / bound, "time_ratio": row["seconds"] / row["forward_pass"]}
+    with_head = row["seconds"] / (row["forward_pass"] + row["head"])
     mib = 2**20
     print(f"teacher {width} x {blocks}, {size / mib:.0f} MiB; student {row['student'] / mib:.0f} MiB; {tokens} tokens")
     print(f"taken {used / mib:.0f} MiB against {bound / mib:.0f} MiB: {row['memory_ratio']:.2f} (target: at most 1)")
     print(f"estimated before {row['estimate'] / mib:.0f} MiB: {row['estimate'] / used:.2f} of what was taken")
     print(
         f"{row['seconds']:.1f} core-seconds against {row['forward_pass']:.1f} of a forward pass: {row['time_ratio']:.1f} "
-        f"(target: at most 4); {row['parts']}\n",
+        f"(target: at most 4); {with_head:.1f} of one with its logits; {row['parts']}\n",
         flush=True,
     )
     row |= {"torch": torch.__version__, "machine": f"{os.cpu_count()} CPUs, {platform.machine()}"}

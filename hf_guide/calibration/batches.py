@@ -49,6 +49,22 @@ def iter_rows(batch: Batch) -> Iterator[Batch]:
         yield {name: value[index : index + 1] for name, value in batch.items()}
 
 
+def first_tokens(batch: Batch, tokens: int) -> Batch:
+    """Return a batch with the first tokens of each row alone; the whole batch if it is more than text or padded on the left.
+
+    Example:
+        >>> first_tokens({"input_ids": torch.zeros(8, 16)}, 3)["input_ids"].shape
+        torch.Size([8, 3])
+    """
+    ids, mask = batch.get("input_ids"), batch.get("attention_mask")
+    is_text = ids is not None and all(
+        name in _TEXT_INPUTS and value.ndim == 2 and value.shape == ids.shape for name, value in batch.items()
+    )
+    if not is_text or (mask is not None and not mask[:, 0].all()):
+        return batch
+    return {name: value[:, :tokens] for name, value in batch.items()}
+
+
 def count_tokens(batch: Batch, config: PreTrainedConfig) -> int:
     """Return the number of tokens of a batch; an image counts as its patches."""
     mask = padding_mask(batch)

@@ -4,8 +4,8 @@ The influence of a single block is measured with all others in place, and does n
 of blocks with nearly the same influence the wrong one costs SmolLM2-135M a tenfold perplexity at 20 of 30 blocks.
 
 The local search leaves open which of the blocks nearest to the threshold are kept, the three kept ones of least influence
-and the three dropped ones of most. Of all 20 sets it takes the one whose outputs are nearest to the teacher's on a sample of
-the calibration text, if that is nearer by a tenth and the student's config can have it. Of several stacks, as in an
+and the three dropped ones of most. Of all 20 sets it takes the one whose outputs are nearest to the teacher's on the
+start of a few texts, if that is nearer by a tenth and the student's config can have it. Of several stacks, as in an
 encoder-decoder, each is searched with the others whole. Students of less than half of the teacher's width lose more by their
 width than by their blocks; the sets are compared at the teacher's width, and those found were no better after training.
 
@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
 
-from hf_guide.calibration.batches import Batch, count_rows, count_tokens, first_rows
+from hf_guide.calibration.batches import Batch, count_rows, count_tokens, first_rows, first_tokens, num_rows
 from hf_guide.calibration.collection import CalibrationResult
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.importance import BlockSelection, top_influence_blocks
@@ -43,11 +44,19 @@ from hf_guide.calibration.sequential import (
 )
 from hf_guide.calibration.streams import Streams
 from hf_guide.initialization.registry import StudentSetup
+from hf_guide.tasks import Task
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
 from hf_guide.utils.memory import return_freed_memory
 
 SEARCH_TOKENS, GREEDY_TOKENS = 256, 512
-"""Tokens of the sample, of all processes together, of a local search and of a greedy removal."""
+"""Tokens of a sample of whole rows, of all processes together, of a local search and of a greedy removal."""
+
+SHORT_ROWS, SHORT_ROW_TOKENS = 4, 32
+"""Of a local search for a model with outputs of each token: the rows of the sample and the tokens that each is cut to.
+
+Sets differ more by texts than by tokens. Of SmolLM2-135M at 15 and 20 of 30 blocks, four seeds, the sets chosen on four such
+rows are within 1.6 % of the divergence of the best set on other text in the mean, on one row of 256 tokens within 3.0 %.
+"""
 
 SAMPLE_EXAMPLES = 16
 """Examples of the sample at least, in each process, where a model has few outputs for each."""
@@ -123,10 +132,10 @@ def select_blocks(
     saved = None if greedy or calibration.checkpoint is None else calibration.checkpoint.load_step(step)
     if saved is not None:
         return BlockSelection(**saved[1])
-    sample = _sample(calibration.teacher, comparison, GREEDY_TOKENS if greedy else SEARCH_TOKENS)
+    sample = _sample(calibration.teacher, comparison, *sample_size(comparison.task, setup.config, greedy=greedy))
     try:
         with calibration_mode(sample.model):
-            search = _Search(sample, stack, comparison, calibration.checkpoint)
+            search = _Search(sample, stack, comparison, calibration.checkpoint, by_rows=greedy)
             select = search.remove if greedy else search.search
             influence = calibration.statistics.block_influence[stack]
             return select(by_influence, influence, show_progress=setup.show_progress)
@@ -138,11 +147,36 @@ def _search_step(stack: str) -> str:
     return f"{SEARCH_STEP}.{stack.removesuffix('.{block}')}"
 
 
-def _sample(teacher: SequentialModel, comparison: OutputComparison, tokens: int) -> SequentialModel:
-    """Return the teacher on the first rows of this process's batches, of so many tokens in all processes together."""
+def sample_size(task: Task, config: PreTrainedConfig, *, greedy: bool = False) -> tuple[int, int | None]:
+    """Return on how many tokens of all processes sets are compared, and to how many rows are cut; None leaves them whole.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> sample_size(Task.CAUSAL_LM, LlamaConfig())
+        (128, 32)
+    """
+    if greedy:
+        return GREEDY_TOKENS, None
+    if task.is_per_token and not config.is_encoder_decoder:
+        return SHORT_ROWS * SHORT_ROW_TOKENS, SHORT_ROW_TOKENS
+    return SEARCH_TOKENS, None
+
+
+def _sample(
+    teacher: SequentialModel, comparison: OutputComparison, tokens: int, row_tokens: int | None
+) -> SequentialModel:
+    """Return the teacher on the first rows of this process's batches.
+
+    Args:
+        teacher: The teacher on all batches.
+        comparison: What its outputs are compared by.
+        tokens: Of all processes together.
+        row_tokens: Tokens that rows are cut to, if they are of text alone; None leaves them whole.
+    """
     budget, batches = -(-tokens // rank_and_world_size()[1]), list[Batch]()
     examples, wanted = 0, SAMPLE_EXAMPLES if comparison.task.row.outputs[0].items in ("example", "boundary") else 0
-    for batch in teacher.batches:
+    for each in teacher.batches:
+        batch = each if row_tokens is None else first_tokens(each, row_tokens)
         rows = count_rows(batch, budget, teacher.model.config)
         batches.append(first_rows(batch, rows and max(rows, wanted - examples)))
         budget -= count_tokens(batches[-1], teacher.model.config)
@@ -150,10 +184,20 @@ def _sample(teacher: SequentialModel, comparison: OutputComparison, tokens: int)
         if budget <= 0 and examples >= wanted:
             break
     comparison.check_examples(examples)
+    batches = _merged(batches)
     sample = teacher.on_first_batches(len(batches))
     sample.batches = batches
     sample.finished, sample.visited = {}, []
     return sample
+
+
+def _merged(batches: list[Batch]) -> list[Batch]:
+    """Return one batch of the rows of all, if they are as long: a head of many tokens is read once for each batch."""
+    if len({tuple((name, value.shape[1:]) for name, value in batch.items()) for batch in batches}) > 1:
+        return batches
+    if any(num_rows(batch) is None for batch in batches):
+        return batches
+    return [{name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}]
 
 
 class _Search:
@@ -165,9 +209,11 @@ class _Search:
         stack: str,
         comparison: OutputComparison,
         checkpoint: CalibrationCheckpoint | None,
+        *,
+        by_rows: bool,
     ):
         self.sample, self.stack, self.comparison, self.checkpoint = sample, stack, comparison, checkpoint
-        self.parts = [comparison.parts(batch) for batch in sample.batches]
+        self.parts = [comparison.parts(batch) if by_rows else [batch] for batch in sample.batches]
         self.blocks: SequentialBlocks = sample.start(stack)
         if not self.blocks.structure.is_replayable:
             raise UnsupportedBlockStructure("what follows takes more of its blocks than the last hidden states.")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from hf_guide.calibration.block_selection import SEARCH_TOKENS, is_wide_enough
+from hf_guide.calibration.block_selection import is_wide_enough, sample_size
 from hf_guide.calibration.block_weights import is_used_mapped
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import default_num_tokens
@@ -23,6 +23,7 @@ from hf_guide.initialization.cost import CostPart
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.layouts.registry import Layout
 from hf_guide.models.model_classes import strip_base_prefix
+from hf_guide.tasks import task_of
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.distributed import default_device
 
@@ -93,9 +94,8 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
     searches = is_shallower and config.layer_selection == LayerSelection.LOCAL_SEARCH
     searches = searches and any(map(is_wide_enough, plan.widths.values() or [None]))
     stacks = len(plan.block_mapping)
-    searched = (
-        float(SEARCH_TOKENS * size.numbers * (SEARCH_PASSES if stacks == 1 else stacks * SEARCHED_SETS)) * searches
-    )
+    sample = sample_size(task_of(setup.model_class), setup.config)[0] * searches
+    searched = float(sample * size.numbers * (SEARCH_PASSES if stacks == 1 else stacks * SEARCHED_SETS))
     if not isinstance(setup.source, PreTrainedModel):
         read = (3 if searched else 2) * size.stored
         yield CostPart("the teacher's embeddings, head and two blocks", size.resident, is_kept=True, read=read)
@@ -119,7 +119,7 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
         "a batch in a block", batch * item * (8 * width + 4 * neurons), advice="a lower calibration_batch_size"
     )
     yield run
-    yield CostPart("the logits", _logits_bytes(min(batch, LOGIT_SCALE_TOKENS), vocab, item, searches=searches))
+    yield CostPart("the logits", _logits_bytes(min(batch, LOGIT_SCALE_TOKENS), vocab, item, sample))
     if refits:
         exact = fit_dtype(max_eps(teacher.dtype, setup.dtype)).itemsize
         yield CostPart(
@@ -127,20 +127,20 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
         )
 
 
-def _logits_bytes(tokens: int, vocab: int, item: int, *, searches: bool) -> int:
+def _logits_bytes(tokens: int, vocab: int, item: int, sample: int) -> int:
     """Return the memory of the logits in the fit of their scale, or of those that a search of blocks compares.
 
     Args:
         tokens: Of a batch.
         vocab: The teacher's vocabulary.
         item: Bytes of one of its logits.
-        searches: Whether there is a search.
+        sample: Tokens that a search of blocks compares; 0 where there is none.
     """
     # With and without padding, a few of the student's, and fewer of these in float32.
     fitted = item * vocab * (2 * tokens + TOKENS_AT_A_TIME) + 16 * min(LOGITS_AT_A_TIME, TOKENS_AT_A_TIME * vocab)
     # As many of a set, and in float32 those of the set and the teacher's.
-    compared = SEARCH_TOKENS * (2 * item + 8) * vocab + 16 * NUMBERS_AT_A_TIME
-    return max(fitted, compared if searches else 0)
+    compared = sample * (2 * item + 8) * vocab + 16 * NUMBERS_AT_A_TIME * (sample > 0)
+    return max(fitted, compared)
 
 
 def _fit_bytes(tokens: int, width: int, student_width: int, student_neurons: int, exact: int) -> int:

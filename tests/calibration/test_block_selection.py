@@ -32,6 +32,7 @@ from tests.tiny import KINDS, same_bits
 
 FAMILIES = ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "llama tied"))]
 EXACT = {"method": "calibrated", "refit": "none", "fit_logit_scale": False}
+SAMPLE_TOKENS = block_selection.SHORT_ROWS * block_selection.SHORT_ROW_TOKENS
 
 
 def batches(count: int = 6, seed: int = 0) -> list[dict[str, torch.Tensor]]:
@@ -59,8 +60,8 @@ def loss(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def divergence_from(teacher: PreTrainedModel, model: PreTrainedModel) -> float:
-    """Return the mean divergence from the teacher on the sample of a local search, 256 tokens or more of whole rows."""
-    ids = torch.cat([each["input_ids"] for each in batches()])[: -(-block_selection.SEARCH_TOKENS // 12)]
+    """Return the mean divergence from the teacher on the sample of a local search, 128 tokens or more of whole rows."""
+    ids = torch.cat([each["input_ids"] for each in batches()])[: -(-SAMPLE_TOKENS // 12)]
     return divergence(model(ids).logits, teacher(ids).logits).mean().item()
 
 
@@ -271,7 +272,7 @@ def test_the_sample_is_few_tokens_or_images(monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(block_selection, "_sample", measured)
     student(KINDS["llama"].teacher(), "local_search")
-    assert sizes == [-(-block_selection.SEARCH_TOKENS // 12)], "whole rows of 12 tokens"
+    assert sizes == [-(-SAMPLE_TOKENS // 12)], "whole rows of 12 tokens"
     teacher, data = teacher_of("image-classification")
     images = [{name: torch.cat([value] * 30) for name, value in data[0].items()}]
     method = {"method": "calibrated", "refit": "none"}
@@ -279,6 +280,53 @@ def test_the_sample_is_few_tokens_or_images(monkeypatch: pytest.MonkeyPatch) -> 
     patches = (teacher.config.image_size // teacher.config.patch_size) ** 2
     assert sizes[1] == max(block_selection.SAMPLE_EXAMPLES, -(-block_selection.SEARCH_TOKENS // patches))
     assert sizes[1] < len(images[0]["pixel_values"])
+
+
+def long_rows(count: int, padding: "dict[int, slice] | None" = None) -> list[dict[str, torch.Tensor]]:
+    """Return batches of two rows of 48 tokens, of which some have padding."""
+    ids = torch.randint(3, 90, (count, 2, 48), generator=torch.Generator().manual_seed(1))
+    rows = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
+    for index, columns in (padding or {}).items():
+        rows[index]["attention_mask"][1, columns] = 0
+    return rows
+
+
+@pytest.mark.parametrize("padding", [{}, {0: slice(40, None)}, {1: slice(20, None)}], ids=["none", "late", "early"])
+def test_sets_are_compared_on_the_start_of_several_texts(padding: "dict[int, slice]") -> None:
+    """The losses are those of the student on the first 32 tokens of four rows, without padding."""
+    teacher, data, kept = misleading(8), long_rows(4, padding), block_selection.SHORT_ROW_TOKENS
+    options = {"calibration_dataset": data, "show_progress": False, "num_hidden_layers": 4}
+    made = from_teacher(teacher, method=EXACT, **options)
+    (found,) = made.initialization_report.calibration["exchanged_blocks"].values()
+    rows = 4 if padding != {1: slice(20, None)} else 5  # a row of 20 tokens leaves 12 of the 128 for another
+    ids, mask = (torch.cat([each[name] for each in data])[:rows, :kept] for name in ("input_ids", "attention_mask"))
+    with torch.no_grad():
+        logits = (model(input_ids=ids, attention_mask=mask).logits[mask.bool()] for model in (made, teacher))
+        expected = divergence(*logits).mean().item()
+    assert found["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_rows_that_are_padded_on_the_left_and_those_of_a_greedy_removal_are_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shapes: list[list[tuple[int, ...]]] = []
+    sample = block_selection._sample
+
+    def recorded(*args: Any) -> Any:
+        found = sample(*args)
+        shapes.append([tuple(batch["input_ids"].shape) for batch in found.batches])
+        return found
+
+    monkeypatch.setattr(block_selection, "_sample", recorded)
+    teacher = KINDS["llama"].teacher()
+    for selection, data in (
+        ("local_search", long_rows(4, {0: slice(0, 8)})),
+        ("local_search", long_rows(4)),
+        ("greedy", long_rows(8)),
+    ):
+        options = {"calibration_dataset": data, "show_progress": False, "num_hidden_layers": 2}
+        from_teacher(teacher, method=EXACT | {"layer_selection": selection}, **options)
+    assert shapes == [[(2, 48), (2, 32)], [(4, 32)], [(11, 48)]]
 
 
 def test_a_single_embedding_is_an_error_of_a_greedy_removal_and_a_note_of_a_search() -> None:
