@@ -3,6 +3,8 @@
 The influence of a single block is measured with all others in place, and does not show which blocks can be missed together:
 of blocks with nearly the same influence the wrong one costs SmolLM2-135M a tenfold perplexity at 20 of 30 blocks.
 
+Blocks that make hidden states massive are selected first, whatever their influence (`calibration/statistics.py`).
+
 The local search leaves open which of the blocks nearest to the threshold are kept, the three kept ones of least influence
 and the three dropped ones of most. Of all 20 sets it takes the one whose outputs are nearest to the teacher's on the
 start of a few texts, if that is nearer by a tenth and the student's config can have it. Of several stacks, as in an
@@ -137,7 +139,7 @@ def select_blocks(
         with calibration_mode(sample.model):
             search = _Search(sample, stack, comparison, calibration.checkpoint, by_rows=greedy)
             select = search.remove if greedy else search.search
-            influence = calibration.statistics.block_influence[stack]
+            influence = calibration.statistics.block_scores[stack]
             return select(by_influence, influence, show_progress=setup.show_progress)
     except UnsupportedBlockStructure as error:
         raise IncomparableOutputs(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error

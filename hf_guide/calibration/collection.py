@@ -62,10 +62,10 @@ class CalibrationResult:
 
     @property
     def block_scores(self) -> dict[str, Tensor]:
-        """By stack, scores by which blocks are selected, the largest first: their influence, or those of the set first."""
-        influence = self.statistics.block_influence
-        removed = {stack: each.scores(influence[stack]) for stack, each in self.block_selections.items()}
-        return influence | removed
+        """By stack, scores by which blocks are selected, the largest first: those of the set first."""
+        scores = self.statistics.block_scores
+        chosen = {stack: each.scores(scores[stack]) for stack, each in self.block_selections.items()}
+        return scores | chosen
 
 
 @torch.no_grad()

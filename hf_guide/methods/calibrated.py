@@ -11,7 +11,7 @@ three of the student; more of a stack whose blocks pass on more than the hidden 
 each block were called with. On a CPU it is kept in temporary files, as long as these take a quarter of the free space at most
 (`calibration/recorded_inputs.py`); of other blocks, and on a GPU, the refit runs the teacher once more.
 
-With `layer_selection="local_search"` the 20 sets of blocks around those of most influence are tried on 256 tokens, which
+With `layer_selection="local_search"` the 20 sets of blocks around those of most influence are tried on 128 tokens, which
 takes 7 to 11 forward passes over these of a teacher of 30 blocks, and reads it once more; not for a student of less than half
 of the teacher's width. With "greedy" blocks are removed one by one, which takes about 2.6 times the teacher's depth in passes
 over 512 tokens (`calibration/block_selection.py`).
@@ -177,7 +177,7 @@ class CalibratedMethod(InitializationMethod):
         calibration, is_greedy = self.calibration, self.config.layer_selection == LayerSelection.GREEDY
         found: dict[str, BlockSelection] = {}
         for stack in self.searched_stacks():
-            influence = calibration.statistics.block_influence[stack]
+            influence = calibration.statistics.block_scores[stack]
             count = len(self.stacks[stack])
             by_influence = sorted(layers.get(stack) or top_influence_blocks(influence, count))
             try:
@@ -285,6 +285,11 @@ class CalibratedMethod(InitializationMethod):
             "self_generated": calibration.self_generated,
             "block_influence": influence,
         }
+        for stack, tokens in statistics.massive_tokens.items():
+            if tokens.any():
+                facts.setdefault("massive_blocks", {})[stack.removesuffix(".{block}")] = tokens.nonzero()[
+                    :, 0
+                ].tolist()
         for stack, selection in calibration.block_selections.items():
             is_greedy = bool(selection.removed)
             found = facts.setdefault("removed_blocks" if is_greedy else "exchanged_blocks", {})

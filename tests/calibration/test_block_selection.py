@@ -282,6 +282,42 @@ def test_the_sample_is_few_tokens_or_images(monkeypatch: pytest.MonkeyPatch) -> 
     assert sizes[1] < len(images[0]["pixel_values"])
 
 
+def with_massive_token(block: int, depth: int = 6) -> PreTrainedModel:
+    """Return a Llama one of whose blocks multiplies the hidden states of token 5 alone, by a direction that no other uses."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 8, "num_attention_heads": 2, "head_dim": 8, "vocab_size": 96}
+    teacher = LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=depth, tie_word_embeddings=False)).eval()
+    embeddings = teacher.get_input_embeddings().weight.data
+    embeddings[:, -1], embeddings[5, -1] = 0.0, 0.1
+    for index, each in enumerate(teacher.model.layers):
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            weight = each.get_submodule(name).weight.data.mul_(0.1 if index == block else 20.0)
+            weight[-1] = 0.0
+    mlp = teacher.model.layers[block].mlp
+    for name in ("gate_proj", "up_proj"):
+        mlp.get_submodule(name).weight.data[0] = 0.0
+        mlp.get_submodule(name).weight.data[0, -1] = 50.0
+    mlp.down_proj.weight.data[:-1, 0] = 300.0
+    return teacher
+
+
+@pytest.mark.parametrize("selection", ["block_influence", "local_search"])
+@pytest.mark.parametrize("block", [2, 4])
+def test_a_block_that_makes_hidden_states_massive_is_kept(block: int, selection: str) -> None:
+    """Its influence, a mean over tokens, is the least of all; and no other block is taken for one."""
+    data = batches()
+    for batch in data:
+        batch["input_ids"][batch["input_ids"] == 5] = 6
+        batch["input_ids"][0, 0] = 5
+    options = {"calibration_dataset": data, "show_progress": False, "num_hidden_layers": 4}
+    method = EXACT | {"layer_selection": selection}
+    report = from_teacher(with_massive_token(block), method=method, **options).initialization_report
+    (influence,) = report.calibration["block_influence"].values()
+    assert min(influence) == influence[block]
+    assert report.calibration["massive_blocks"] == {"layers": [block]} and block in report.blocks["layers"]
+    assert "massive_blocks" not in student(misleading(8), selection).initialization_report.calibration
+
+
 def long_rows(count: int, padding: "dict[int, slice] | None" = None) -> list[dict[str, torch.Tensor]]:
     """Return batches of two rows of 48 tokens, of which some have padding."""
     ids = torch.randint(3, 90, (count, 2, 48), generator=torch.Generator().manual_seed(1))
