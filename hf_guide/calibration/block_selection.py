@@ -3,7 +3,7 @@
 The influence of a single block is measured with all others in place, and does not show which blocks can be missed together:
 of blocks with nearly the same influence the wrong one costs SmolLM2-135M a tenfold perplexity at 20 of 30 blocks.
 
-Blocks that make hidden states massive are selected first, whatever their influence (`calibration/statistics.py`).
+Blocks that make hidden states massive count as more influential than most (`calibration/statistics.py`).
 
 The local search leaves open which of the blocks nearest to the threshold are kept, the three kept ones of least influence
 and the three dropped ones of most. Of all 20 sets it takes the one whose outputs are nearest to the teacher's on the

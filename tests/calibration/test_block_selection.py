@@ -315,6 +315,7 @@ def test_a_block_that_makes_hidden_states_massive_is_kept(block: int, selection:
     (influence,) = report.calibration["block_influence"].values()
     assert min(influence) == influence[block]
     assert report.calibration["massive_blocks"] == {"layers": [block]} and block in report.blocks["layers"]
+    assert {block, influence.index(max(influence))} <= {*report.blocks["layers"]}
     assert "massive_blocks" not in student(misleading(8), selection).initialization_report.calibration
 
 
