@@ -228,7 +228,7 @@ SCORES = {
 
 def _run_of(row: "dict[str, Any]") -> tuple[int, int, str]:
     """Return the tokens of training and of the calibration, and how blocks were selected; that is not known of early rows."""
-    return row["tokens"], row["calibration_tokens"], row.get("layer_selection", "")
+    return row["tokens"], row["calibration_tokens"], str(row.get("layer_selection", ""))
 
 
 def table(rows: "list[dict[str, Any]]") -> str:
@@ -256,6 +256,11 @@ def table(rows: "list[dict[str, Any]]") -> str:
         if len(group) >= 4:
             lines += correlations(group, stops)
     return "\n".join(lines)
+
+
+def layer_selection(value: str) -> "str | list[int]":
+    """Return the rule, or the blocks of a list such as "0,1,28,29"."""
+    return value if not value[:1].isdigit() else [int(block) for block in value.split(",")]
 
 
 def correlations(rows: "list[dict[str, Any]]", stops: "list[str]") -> "list[str]":
@@ -292,7 +297,7 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=2, help="blocks of 256 tokens in a step")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--calibration-tokens", type=int, default=4096)
-    parser.add_argument("--layer-selection", choices=("local_search", "block_influence"), default="local_search")
+    parser.add_argument("--layer-selection", type=layer_selection, default="local_search", metavar="RULE|BLOCKS")
     parser.add_argument("--held-out-blocks", type=int, default=32)
     parser.add_argument("--kd-weight", type=float, default=0.5)
     args = parser.parse_args()
@@ -301,7 +306,7 @@ def main() -> int:
     tokens = args.steps * args.batch_size * LENGTH  # a block has LENGTH + 1: the last one is a target alone
     for seed in [] if args.table else args.seeds:
         args.seed = seed
-        run = (tokens, args.calibration_tokens, args.layer_selection)
+        run = (tokens, args.calibration_tokens, str(args.layer_selection))
         done = {tuple(row["shape"]) for row in rows if row["seed"] == seed and _run_of(row) == run}
         asked = SHAPES[args.budget] if args.shapes is None else [SHAPES[args.budget][each] for each in args.shapes]
         todo = [shape for shape in asked if shape not in done]
