@@ -259,8 +259,10 @@ def table(rows: "list[dict[str, Any]]") -> str:
 
 
 def layer_selection(value: str) -> "str | list[int]":
-    """Return the rule, or the blocks of a list such as "0,1,28,29"."""
-    return value if not value[:1].isdigit() else [int(block) for block in value.split(",")]
+    """Return the rule, or the blocks of a list such as "0,1,28,29"; argparse reports anything else."""
+    if value in ("local_search", "block_influence"):
+        return value
+    return [int(block) for block in value.split(",")]
 
 
 def correlations(rows: "list[dict[str, Any]]", stops: "list[str]") -> "list[str]":

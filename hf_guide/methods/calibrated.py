@@ -285,11 +285,10 @@ class CalibratedMethod(InitializationMethod):
             "self_generated": calibration.self_generated,
             "block_influence": influence,
         }
-        for stack, tokens in statistics.massive_tokens.items():
-            if tokens.any():
-                facts.setdefault("massive_blocks", {})[stack.removesuffix(".{block}")] = tokens.nonzero()[
-                    :, 0
-                ].tolist()
+        massive = {stack: tokens.nonzero()[:, 0].tolist() for stack, tokens in statistics.massive_tokens.items()}
+        for stack, blocks in massive.items():
+            if blocks:
+                facts.setdefault("massive_blocks", {})[stack.removesuffix(".{block}")] = blocks
         for stack, selection in calibration.block_selections.items():
             is_greedy = bool(selection.removed)
             found = facts.setdefault("removed_blocks" if is_greedy else "exchanged_blocks", {})
