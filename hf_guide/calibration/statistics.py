@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_guide.calibration.batches import Batch, count_tokens
 from hf_guide.calibration.forward import calibration_mode, drop_padding, is_decoder_stack, reads_decoder_tokens
-from hf_guide.calibration.least_squares import RowBuffer, symmetric_product
+from hf_guide.calibration.least_squares import RowBuffer, add_symmetric_product_
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.sequential import SequentialModel
@@ -202,7 +202,10 @@ class _StatisticsCollector:
         self.buffers[ref.axis].add(rows)
 
     def _add_residual_moment(self, axis: str, rows: Tensor) -> None:
-        _add(self.statistics.residual_second_moments, axis, symmetric_product(rows).cpu())
+        moments, width = self.statistics.residual_second_moments, rows.shape[1]
+        if axis not in moments:
+            moments[axis] = torch.zeros(width, width, dtype=torch.float64)
+        add_symmetric_product_(moments[axis], rows)
 
     def flush(self) -> None:
         """Add the residual streams of which the moments are still to be taken."""

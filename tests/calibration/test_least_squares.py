@@ -15,6 +15,7 @@ from hf_guide.calibration.least_squares import (
     TokenKernel,
     TokenRegression,
     TrainValNormalEquations,
+    add_symmetric_product_,
     fit_weights,
     ridge_update,
     symmetric_product,
@@ -186,3 +187,12 @@ def test_the_ridge_that_sums_of_rows_choose_has_the_least_error_of_all_rows(nois
 def test_a_symmetric_product_is_the_product(width: int) -> None:
     rows = normal(5, width)
     torch.testing.assert_close(symmetric_product(rows), rows.T @ rows)
+
+
+@pytest.mark.parametrize("width", [3, 1024, 1031])
+def test_a_symmetric_product_in_float32_is_added_in_float64(width: int) -> None:
+    rows, before = normal(5, width).float(), normal(width, width)
+    total = before.clone()
+    assert add_symmetric_product_(total, rows) is total
+    torch.testing.assert_close(total, before + (rows.T @ rows).double(), rtol=0, atol=2e-6)
+    torch.testing.assert_close(total - total.T, before - before.T, rtol=0, atol=2e-6)
