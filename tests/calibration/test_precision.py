@@ -70,14 +70,15 @@ def test_the_logits_scale_is_fitted_where_half_precision_logits_are_multiplied(
     config = getattr(transformers, family + "Config")(**sizes, num_attention_heads=4, initializer_range=0.15, **factor)
     torch.manual_seed(1)
     half = getattr(transformers, family + "ForCausalLM")(config).eval().to(dtype)
+    method = {"method": "calibrated", "refit": "none"}  # whether a fit exceeds rounding decides how far from 1 the scale is
     found = []
     for teacher in (half, copy.deepcopy(half).float()):
         report = from_teacher(
-            teacher, method="calibrated", calibration_dataset=token_batches(), show_progress=False, hidden_size=24
+            teacher, method=method, calibration_dataset=token_batches(), show_progress=False, hidden_size=24
         ).initialization_report
-        assert not any("not fitted" in note or "not refitted" in note for note in report.approximations)
+        assert not any("not fitted" in note for note in report.approximations)
         found.append(report.calibration["logit_scale"])
-    assert found[0] == pytest.approx(found[1], rel=0.02) and found[0] != 1.0
+    assert found[0] == pytest.approx(found[1], rel=0.02) and 0.4 < found[0] < 0.7
 
 
 def test_squares_that_float16_does_not_hold_are_taken_in_float32() -> None:
