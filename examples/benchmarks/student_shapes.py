@@ -166,6 +166,7 @@ def run_shape(
         "learning_rate": args.learning_rate,
         "calibration_tokens": args.calibration_tokens,
         "layer_selection": args.layer_selection,
+        "blocks": list(blocks),
         "held_out_tokens": held_out[:, 1:].numel(),
         "quick": quick,
         "untrained": untrained,
