@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hf_guide.calibration.batches import Batch, num_rows, padding_mask
 from hf_guide.calibration.modules import ModuleRef
 from hf_guide.models.hooks import StopForward
-from hf_guide.models.modes import eager_experts, eval_mode
+from hf_guide.models.modes import eager_experts, eval_mode, without_cache
 from hf_guide.tasks import Task, task_of_class_name
 from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, rank_and_world_size
 from hf_guide.utils.half_precision import fast_half_products
@@ -54,7 +54,8 @@ def forward_without_cache(model: PreTrainedModel, batch: Batch) -> Any:
     inner = inspect.signature(model.base_model.forward).parameters if takes_any else {}
     if "use_cache" in {*accepted, *inner}:
         inputs["use_cache"] = False  # the heads of some families pass it on as one of their keywords
-    return model(**inputs)
+    with without_cache(model):
+        return model(**inputs)
 
 
 def running_device(model: PreTrainedModel) -> torch.device:

@@ -88,6 +88,35 @@ def preserved_random_state() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def without_cache(model: nn.Module) -> Iterator[None]:
+    """Have no part of a model keep keys and values, whose config would have it do so, for the duration of the block.
+
+    An argument of the model's forward pass does not reach its language model where that is a part of it and the argument is
+    not in its signature, as in LLaVA. A block that is run again with a cache attends to its first run's keys as well.
+
+    Example:
+        >>> from transformers import GPT2Config, GPT2Model
+        >>> model = GPT2Model(GPT2Config(n_layer=1, n_embd=12, vocab_size=8))
+        >>> with without_cache(model), torch.no_grad():
+        ...     model(torch.zeros(1, 2, dtype=torch.long)).past_key_values is None
+        True
+        >>> model.config.use_cache
+        True
+    """
+    configs = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
+    caching = [config for config in configs.values() if getattr(config, "use_cache", False) is True]
+    for config in caching:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in caching:
+            config.use_cache = True
+
+
+@contextlib.contextmanager
 def eager_experts(model: PreTrainedModel) -> Iterator[None]:
     """Run the experts of a mixture one by one, where its family allows it, for the duration of the block.
 

@@ -20,6 +20,7 @@ from hf_guide.errors import HfGuideError, TaskError, TeacherError
 from hf_guide.models.adapters import check_no_virtual_tokens, forward_parameters, without_adapter
 from hf_guide.models.layer_mapping import depth_of_config, hidden_states_of, width_of_config
 from hf_guide.models.lm_head import LMHead, find_lm_head, skip_lm_head
+from hf_guide.models.modes import without_cache
 from hf_guide.models.outputs import (
     beam_search_heads,
     boxes_and_objectness,
@@ -123,6 +124,7 @@ def forward_outputs(
     head_inputs: list[Tensor] = []
     captured: list[Tensor] = []
     with contextlib.ExitStack() as stack:
+        stack.enter_context(without_cache(bare))
         if not torch.is_grad_enabled():
             stack.enter_context(fast_half_products(bare))
         if inputs is not None:

@@ -70,7 +70,8 @@ def test_the_logits_scale_is_fitted_where_half_precision_logits_are_multiplied(
     config = getattr(transformers, family + "Config")(**sizes, num_attention_heads=4, initializer_range=0.15, **factor)
     torch.manual_seed(1)
     half = getattr(transformers, family + "ForCausalLM")(config).eval().to(dtype)
-    method = {"method": "calibrated", "refit": "none"}  # whether a fit exceeds rounding decides how far from 1 the scale is
+    # Without a refit: whether a fit exceeds rounding decides how far from 1 the scale is.
+    method = {"method": "calibrated", "refit": "none"}
     found = []
     for teacher in (half, copy.deepcopy(half).float()):
         report = from_teacher(
