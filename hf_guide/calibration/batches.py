@@ -8,6 +8,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import OptionError
 from hf_guide.models.positions import text_positions
+from hf_guide.models.targets import num_frames
 from hf_guide.tasks import Task, task_of_class_name
 from hf_guide.teachers.processors import num_token_rows
 
@@ -65,8 +66,21 @@ def first_tokens(batch: Batch, tokens: int) -> Batch:
     return {name: value[:, :tokens] for name, value in batch.items()}
 
 
-def count_tokens(batch: Batch, config: PreTrainedConfig) -> int:
-    """Return the number of tokens of a batch; an image counts as its patches."""
+def has_sounds(batch: Batch) -> bool:
+    """Return whether a batch is of waveforms or spectrograms.
+
+    Example:
+        >>> has_sounds({"input_values": torch.zeros(2, 16000)})
+        True
+    """
+    return bool({"input_values", "input_features"} & batch.keys()) and "input_ids" not in batch
+
+
+def count_tokens(batch: Batch, model: PreTrainedModel) -> int:
+    """Return the number of tokens of a batch; an image counts as its patches, and a sound as its frames."""
+    frames = _count_frames(batch, model) if has_sounds(batch) else None
+    if frames is not None:
+        return int(frames.sum())
     mask = padding_mask(batch)
     if mask is not None:
         return int(mask.sum())
@@ -74,27 +88,46 @@ def count_tokens(batch: Batch, config: PreTrainedConfig) -> int:
         return batch["input_ids"].numel()
     first = next(iter(batch.values()))
     if first.ndim == 4:
-        patch = _patch_side(config)
+        patch = _patch_side(model.config)
         return first.shape[0] * (first.shape[-2] // patch) * (first.shape[-1] // patch)
     return first.shape[0] * (first.shape[1] if first.ndim > 1 else 1)
 
 
-def count_rows(batch: Batch, tokens: float, config: PreTrainedConfig) -> int | None:
+def count_rows(batch: Batch, tokens: float, model: PreTrainedModel, *, of_decoder: bool = False) -> int | None:
     """Return how many of a batch's first rows have that many tokens, at least one; None if a row is not an example.
 
+    Args:
+        batch: The inputs.
+        tokens: The number of tokens.
+        model: Of which they are the inputs.
+        of_decoder: Whether those of an encoder-decoder's decoder count.
+
     Example:
-        >>> from transformers import LlamaConfig
-        >>> count_rows({"input_ids": torch.zeros(8, 16)}, 40, LlamaConfig())
+        >>> from transformers import LlamaConfig, LlamaModel
+        >>> model = LlamaModel(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=1))
+        >>> count_rows({"input_ids": torch.zeros(8, 16)}, 40, model)
         3
     """
-    rows, mask = num_rows(batch), padding_mask(batch)
+    rows = num_rows(batch)
     if rows is None:
         return None
-    if mask is None:
-        lengths = torch.full((rows,), count_tokens(batch, config) / rows)
+    if of_decoder and "decoder_input_ids" in batch:
+        mask = padding_mask(batch, "decoder_input_ids")
+        lengths = (torch.ones_like(batch["decoder_input_ids"]) if mask is None else mask).sum(1)
     else:
-        lengths = mask.reshape(rows, -1).sum(1)
+        lengths = torch.tensor([count_tokens(row, model) for row in iter_rows(batch)])
     return min(rows, int((lengths.cumsum(0) < tokens).sum()) + 1)
+
+
+def _count_frames(batch: Batch, model: PreTrainedModel) -> Tensor | None:
+    """Return how many frames the model makes of each sound, (rows,), padding excluded; None where it does not state it."""
+    sounds, mask = batch.get("input_values", batch.get("input_features")), batch.get("attention_mask")
+    assert sounds is not None
+    # A spectrogram is (rows, frames, bands), and Whisper's (rows, bands, frames), of which it runs those of padding too.
+    is_transposed = sounds.ndim == 3 and sounds.shape[1] == getattr(model.config, "num_mel_bins", None)
+    if mask is not None and not is_transposed and mask.shape == sounds.shape[:2]:
+        return num_frames(model, mask.sum(1))
+    return num_frames(model, torch.full((len(sounds),), sounds.shape[2 if is_transposed else 1]))
 
 
 def padding_mask(batch: Batch, ids: str = "input_ids") -> Tensor | None:

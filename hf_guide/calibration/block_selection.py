@@ -32,7 +32,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
-from hf_guide.calibration.batches import Batch, count_rows, count_tokens, first_rows, first_tokens, num_rows
+from hf_guide.calibration.batches import (
+    Batch,
+    count_rows,
+    count_tokens,
+    first_rows,
+    first_tokens,
+    has_sounds,
+    num_rows,
+)
 from hf_guide.calibration.collection import CalibrationResult
 from hf_guide.calibration.forward import calibration_mode
 from hf_guide.calibration.importance import BlockSelection, top_influence_blocks
@@ -177,11 +185,13 @@ def _sample(
     """
     budget, batches = -(-tokens // rank_and_world_size()[1]), list[Batch]()
     examples, wanted = 0, SAMPLE_EXAMPLES if comparison.task.row.outputs[0].items in ("example", "boundary") else 0
+    if has_sounds(teacher.batches[0]):  # one of them may have as many frames as are compared
+        wanted = max(wanted, SHORT_ROWS)
     for each in teacher.batches:
         batch = each if row_tokens is None else first_tokens(each, row_tokens)
-        rows = count_rows(batch, budget, teacher.model.config)
+        rows = count_rows(batch, budget, teacher.model)
         batches.append(first_rows(batch, rows and max(rows, wanted - examples)))
-        budget -= count_tokens(batches[-1], teacher.model.config)
+        budget -= count_tokens(batches[-1], teacher.model)
         examples += len(next(iter(batches[-1].values())))
         if budget <= 0 and examples >= wanted:
             break

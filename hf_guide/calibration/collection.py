@@ -155,7 +155,7 @@ def _activation_bytes(modules: ModuleMap, model: PreTrainedModel, batches: list[
     of the teacher's, its projected output in float32, and the student's.
     """
     width = max((linear_weight(ref.module).shape[1] for ref in modules.residual_in.values()), default=0)
-    tokens = sum(count_tokens(batch, model.config) for batch in local_shard(batches))
+    tokens = sum(count_tokens(batch, model) for batch in local_shard(batches))
     return (len(modules.blocks) + (8 if refits else 1)) * tokens * width * model.dtype.itemsize
 
 

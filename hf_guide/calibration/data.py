@@ -105,12 +105,12 @@ def load_calibration_batches(
                 f"A batch of calibration_dataset has {sorted(columns)}, of which {type(model).__name__} takes no tensor; "
                 f"pass {EXPECTED_DATASET}."
             )
-        if not count_tokens(batch, model.config):
+        if not count_tokens(batch, model):
             continue
         batch = _with_decoder_inputs(batch, columns.get("labels"), model)
         check_batch(batch, model, student)
-        batches.append(first_rows(batch, count_rows(batch, num_tokens - total, model.config)))
-        total += count_tokens(batches[-1], model.config)
+        batches.append(first_rows(batch, count_rows(batch, num_tokens - total, model)))
+        total += count_tokens(batches[-1], model)
         if total >= num_tokens:
             break
     if not batches:

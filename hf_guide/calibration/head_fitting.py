@@ -217,7 +217,7 @@ class HeadFitter:
         expected_logits: list[Tensor] = []
         seen = 0
         for index, whole_batch in enumerate(state.batches):
-            rows = count_rows(whole_batch, LOGIT_SCALE_TOKENS // world_size - seen, state.teacher.config)
+            rows = count_rows(whole_batch, LOGIT_SCALE_TOKENS // world_size - seen, state.teacher, of_decoder=True)
             batch = first_rows(whole_batch, rows)
             student_inputs = self._head_inputs(state.student_run, self.student, index, rows)
             outputs = state.teacher_run.forward(index, rows)

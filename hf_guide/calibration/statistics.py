@@ -134,7 +134,7 @@ class _StatisticsCollector:
         self.sequential, self.model, self.modules, self.layout = sequential, sequential.model, modules, layout
         model = self.model
         self.statistics = ActivationStatistics(
-            num_tokens=sum(count_tokens(batch, model.config) for batch in sequential.batches)
+            num_tokens=sum(count_tokens(batch, model) for batch in sequential.batches)
         )
         self.block_tokens = {
             stack: torch.zeros(len(blocks), dtype=torch.float64) for stack, blocks in modules.blocks.items()

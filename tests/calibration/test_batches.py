@@ -1,16 +1,19 @@
 """Batches that no model can take are refused before one runs; padding and repeated text are not counted as tokens."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from transformers import (
     ASTConfig,
     BertConfig,
     BertForMultipleChoice,
     ClapAudioConfig,
     LlamaConfig,
+    PreTrainedModel,
     ViTConfig,
     Wav2Vec2Config,
     Wav2Vec2ForCTC,
@@ -21,6 +24,7 @@ from hf_guide import OptionError, from_teacher
 from hf_guide.calibration.batches import count_contexts, count_rows, count_tokens, padding_mask
 from hf_guide.calibration.row_collator import num_axes, row_axes
 from tests.calibration.test_data import are_equal, load, table
+from tests.small_speech import ctc_model, ctc_processor, whisper, whisper_processor
 from tests.tiny import KINDS
 
 IDS = torch.randint(3, 96, (16, 16), generator=torch.Generator().manual_seed(7))
@@ -86,9 +90,9 @@ def test_masks_of_four_axes_select_blocks_as_none_does(selection: str) -> None:
 def test_padding_of_choices_is_not_counted() -> None:
     mask = torch.ones(4, 3, 16).long()
     mask[:2, :, 8:] = 0
-    batch, config = {"input_ids": IDS[:12].view(4, 3, 16), "attention_mask": mask}, BertConfig()
-    assert count_tokens(batch, config) == 2 * 3 * 8 + 2 * 3 * 16
-    assert [count_rows(batch, tokens, config) for tokens in (1, 24, 25, 48, 49, 999)] == [1, 1, 2, 2, 3, 4]
+    batch, bert = {"input_ids": IDS[:12].view(4, 3, 16), "attention_mask": mask}, KINDS["bert classifier"].teacher()
+    assert count_tokens(batch, bert) == 2 * 3 * 8 + 2 * 3 * 16
+    assert [count_rows(batch, tokens, bert) for tokens in (1, 24, 25, 48, 49, 999)] == [1, 1, 2, 2, 3, 4]
     flat = padding_mask(batch)
     assert flat is not None and flat.shape == (12, 16)
     sizes = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -181,3 +185,53 @@ def test_repeated_text_is_no_more_text() -> None:
     assert "64 are not repeated" in note and "may start worse" in note
     (note,) = calibrated(IDS.repeat(3, 1), calibration_tokens=768)
     assert "768 tokens, of which 256 are not repeated" in note and "adds nothing" in note
+
+
+def speech_models(folder: Path) -> "dict[str, tuple[PreTrainedModel, dict[str, Tensor]]]":
+    """Return models of sounds, and four sounds of two lengths for each."""
+    processor = ctc_processor(folder)
+    sounds, mask = torch.randn(4, 6400), torch.ones(4, 6400).long()
+    mask[:2, 3200:] = 0
+    ids = torch.randint(3, 90, (4, 9))
+    whisper_inputs = {"input_features": torch.randn(4, 16, 100), "decoder_input_ids": ids}
+    return {
+        "wav2vec 2.0": (ctc_model(processor), {"input_values": sounds}),
+        "HuBERT": (ctc_model(processor, hubert=True), {"input_values": sounds, "attention_mask": mask}),
+        "Whisper": (whisper(whisper_processor()), whisper_inputs),
+    }
+
+
+def test_frames_of_sounds_are_tokens(tmp_path: Path) -> None:
+    for name, (model, batch) in speech_models(tmp_path).items():
+        with torch.no_grad():
+            outputs = model(**batch, output_hidden_states=True)
+        hidden_states = getattr(outputs, "encoder_hidden_states", None) or outputs.hidden_states
+        frames = hidden_states[0].shape[1]
+        lengths = [frames] * 4
+        if "attention_mask" in batch:
+            lengths[:2] = [model._get_feat_extract_output_lengths(torch.tensor(3200)).item()] * 2
+            assert lengths[0] == pytest.approx(frames / 2, abs=1)
+        assert count_tokens(batch, model) == sum(lengths), name
+        assert [count_rows(batch, sum(lengths[:n]), model) for n in (1, 2, 3, 4)] == [1, 2, 3, 4], name
+
+
+def test_tokens_of_a_decoder_are_counted_where_asked_for(tmp_path: Path) -> None:
+    model, batch = speech_models(tmp_path)["Whisper"]
+    assert [count_rows(batch, tokens, model, of_decoder=True) for tokens in (9, 10, 36, 99)] == [1, 2, 4, 4]
+    masked = {**batch, "decoder_attention_mask": (torch.arange(9) < 3).long().expand(4, 9)}
+    assert [count_rows(masked, tokens, model, of_decoder=True) for tokens in (3, 4, 9)] == [1, 2, 3]
+
+
+def test_as_many_frames_of_waveforms_are_read_as_tokens_are_asked_for(tmp_path: Path) -> None:
+    model = ctc_model(ctc_processor(tmp_path))
+    clips = [{"input_values": torch.randn(6400)} for _ in range(40)]
+    batches = load(model, clips, num_tokens=200)
+    each = count_tokens({"input_values": torch.randn(1, 6400)}, model)
+    assert each < 64 and sum(len(batch["input_values"]) for batch in batches) == -(-200 // each)
+    report = from_teacher(
+        model,
+        method={"method": "calibrated", "calibration_tokens": 200},
+        calibration_dataset=clips,
+        num_hidden_layers=2,
+    ).initialization_report
+    assert report.calibration["tokens"] == each * -(-200 // each)
