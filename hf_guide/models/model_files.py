@@ -8,10 +8,14 @@ import fnmatch
 import json
 import logging
 import os
+import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
+
+from huggingface_hub import snapshot_download
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from hf_guide.errors import TeacherError
 
@@ -53,6 +57,9 @@ PROCESSOR_FILES = (
 )
 """Files of a tokenizer or processor, which a student shares with its teacher bit by bit."""
 
+NAMED_CHAT_TEMPLATES = f"{CHAT_TEMPLATE_DIR}/*.jinja"
+"""Chat templates other than the default one, such as that for tool use, in a folder of their own."""
+
 
 def is_outside_folder(path: Path, folder: Path) -> bool:
     """Return whether a file is outside of `folder` once links are resolved; a snapshot's blobs are inside."""
@@ -80,6 +87,27 @@ def regular_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return list(files)
 
 
+def copy_named_chat_templates(
+    teacher: str, folder: Path, *, revision: str | None = None, token: str | bool | None = None
+) -> None:
+    """Copy the teacher's named chat templates into a student's folder; existing files are not overwritten.
+
+    Args:
+        teacher: Hub id or folder; only regular files inside it are copied.
+        folder: Where the student is saved.
+        revision, token: As in `from_pretrained`.
+    """
+    source = Path(teacher)
+    if not source.is_dir():
+        options: dict[str, Any] = {"revision": revision, "token": token}
+        source = Path(snapshot_download(teacher, allow_patterns=[NAMED_CHAT_TEMPLATES], **options))
+    for file in regular_files(source, [NAMED_CHAT_TEMPLATES]):
+        target = folder / file.relative_to(source)
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
+
+
 def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = WEIGHTS_AND_CONFIGS) -> None:
     """Check that no file of a model in a folder is a link out of it, and that no index names files outside of it.
 
@@ -99,16 +127,15 @@ def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = W
         raise TeacherError(f"{name} is a file; pass its folder{gguf}.")
     if not folder.is_dir():
         return
-    for entry in os.scandir(folder):
-        if not any(fnmatch.fnmatch(entry.name, pattern) for pattern in patterns):
+    for path in [*folder.iterdir(), *folder.glob(NAMED_CHAT_TEMPLATES)]:
+        if not any(fnmatch.fnmatch(path.relative_to(folder).as_posix(), pattern) for pattern in patterns):
             continue
-        path = Path(entry.path)
-        if entry.is_symlink() and is_outside_folder(path, folder):
+        if is_outside_folder(path, folder):
             raise TeacherError(
                 f"{path} is a link to {os.path.realpath(path)}, outside of its folder; its content would be published with "
                 "the student. If you made the link, replace it with the file."
             )
-        if entry.name.endswith(".index.json") and path.is_file():
+        if path.name.endswith(".index.json") and path.is_file():
             read_shard_index(path)
 
 

@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_guide.errors import HfGuideError, TeacherError, one_paragraph
-from hf_guide.models.model_files import PROCESSOR_FILES, check_model_folder
+from hf_guide.models.model_files import NAMED_CHAT_TEMPLATES, PROCESSOR_FILES, check_model_folder
 
 LOADING_ERRORS = (
     OSError,
@@ -158,7 +158,7 @@ def load_processing_class(
     """
     name = os.fspath(name)
     what = f"The tokenizer or processor of {name} cannot be loaded"
-    check_model_folder(name, PROCESSOR_FILES)
+    check_model_folder(name, (*PROCESSOR_FILES, NAMED_CHAT_TEMPLATES))
     with unreadable_as(error_class, what):
         try:
             return auto.from_pretrained(name, **where)

@@ -11,8 +11,12 @@ import transformers
 from transformers import AutoTokenizer, MarianConfig, MarianMTModel, PreTrainedTokenizerBase
 
 from hf_guide.cli import main as cli
-from hf_guide.models.model_files import PROCESSOR_FILES
+from hf_guide.errors import TeacherError
+from hf_guide.models.model_files import PROCESSOR_FILES, copy_named_chat_templates
+from hf_guide.models.pretrained import load_processing_class
 from tests.small_tokenizers import TEXTS
+from tests.tiny import KINDS
+from tests.trust.artefacts import make_tokenizer
 
 
 def test_every_file_that_a_tokenizer_of_transformers_reads_is_copied() -> None:
@@ -73,3 +77,28 @@ def test_the_student_of_a_marian_teacher_has_its_whole_tokenizer(marian: Path, t
     teacher, student = AutoTokenizer.from_pretrained(marian), AutoTokenizer.from_pretrained(output)
     assert student(TEXTS[:4])["input_ids"] == teacher(TEXTS[:4])["input_ids"]
     assert student(text_target=TEXTS[:4])["input_ids"] == teacher(text_target=TEXTS[:4])["input_ids"]
+
+
+def test_a_student_has_the_named_chat_templates_of_its_teacher(tmp_path: Path) -> None:
+    teacher, output = tmp_path / "teacher", tmp_path / "student"
+    KINDS["llama"].teacher().save_pretrained(teacher)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(teacher)
+    assert cli.main(["init", str(teacher), "-o", str(output), "--hidden-size", "24", "--no-progress"]) == 0
+    assert AutoTokenizer.from_pretrained(output).chat_template == tokenizer.chat_template
+
+
+def test_a_named_chat_template_of_another_folder_is_neither_copied_nor_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    teacher, student = tmp_path / "teacher", tmp_path / "student"
+    make_tokenizer().save_pretrained(teacher)
+    student.mkdir()
+    (tmp_path / "private").mkdir()
+    (tmp_path / "private" / "tool_use.jinja").write_text("my private text")
+    (teacher / "additional_chat_templates").symlink_to(tmp_path / "private")
+    copy_named_chat_templates(str(teacher), student)
+    assert not list(student.iterdir()) and "outside of its folder: not copied" in caplog.text
+    with pytest.raises(TeacherError, match="tool_use.jinja is a link to .*outside of its folder"):
+        load_processing_class(AutoTokenizer, teacher)
