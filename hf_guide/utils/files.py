@@ -23,7 +23,10 @@ _PARTIAL = re.compile(r"^[._].+\.(?P<host>[0-9a-f]{8})-(?P<boot>[0-9a-f]{8})-[0-
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _WEIGHTS = re.compile(
-    r"^(model|pytorch_model|adapter_model)(\.[\w-]+)?(-\d{5}-of-\d{5})?\.(safetensors|bin)(\.index\.json)?$"
+    r"^(model|pytorch_model|adapter_model)(?:\.(?P<variant>[\w.-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)$"
+)
+_INDEX = re.compile(
+    r"^(model|pytorch_model|adapter_model)\.(?:safetensors|bin)\.index(?:\.(?P<variant>[\w.-]+))?\.json$"
 )
 
 
@@ -227,8 +230,9 @@ def atomic_folder(
 def staged_update(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to save a model into; if the block succeeds, its files replace those in `folder`.
 
-    `folder` keeps its other files, except weights of the previous model. If the block fails, it is unchanged. It has no
-    config while files are replaced: after a kill it does not load, instead of mixing two models.
+    `folder` keeps its other files, weights of another variant included, except the previous weights of this variant. If the
+    block fails, it is unchanged. It has no config while files are replaced: after a kill it does not load, instead of mixing
+    two models.
 
     Raises:
         NotADirectoryError: `folder` is a file.
@@ -256,10 +260,14 @@ def staged_update(folder: Path) -> Iterator[Path]:
         raise
 
 
-def _weights_kind(path: Path) -> str | None:
-    """Return the name of a weights file or index without its shard number; None for other files."""
-    match = _WEIGHTS.match(path.name)
-    return match[1] if match and not path.is_dir() else None
+def _weights_kind(path: Path) -> tuple[str, str | None] | None:
+    """Return the name and variant of which a file has the weights, some of them, or the index; None for other files.
+
+    Transformers saves the variant fp16 as model.fp16.safetensors, or as model.fp16-00001-of-00002.safetensors and so on with
+    model.safetensors.index.fp16.json.
+    """
+    match = _WEIGHTS.match(path.name) or _INDEX.match(path.name)
+    return (match[1], match["variant"]) if match and not path.is_dir() else None
 
 
 def move_entries(folder: Path, output: Path, *, last: Collection[str] = ()) -> None:

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
+from hf_guide import from_teacher
 from hf_guide.cli import main as cli
 from hf_guide.signal_cache.manifest import signal_cache_folder
 from hf_guide.utils import files as folders
@@ -231,6 +233,28 @@ def test_a_student_saved_over_another_is_whole_or_does_not_load(
     else:
         assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path), new)
         assert not [name for name in names(tmp_path) if name.startswith("model-")]
+
+
+@pytest.mark.parametrize("variants", [(None, "fp16"), ("fp16", None), ("fp16", "fp16.v2")])
+@pytest.mark.parametrize("shard_size", ["50GB", "20KB"])
+def test_a_student_saved_over_another_replaces_the_weights_of_its_variant_alone(
+    variants: tuple[str | None, str | None], shard_size: str, tmp_path: Path
+) -> None:
+    old, new = (KINDS["llama"].teacher() for _ in range(2))
+    with torch.no_grad():
+        new.model.norm.weight.fill_(3.0)
+    student, (kept, saved) = from_teacher(old, show_progress=False), variants
+    student.load_state_dict(old.state_dict())
+    for variant in variants:
+        student.save_pretrained(tmp_path, variant=variant, max_shard_size="30KB")
+    student.load_state_dict(new.state_dict())
+    student.save_pretrained(tmp_path, variant=saved, max_shard_size=shard_size)
+    new.save_pretrained(tmp_path / "new", variant=saved, max_shard_size=shard_size)
+    old.save_pretrained(tmp_path / "old", variant=kept, max_shard_size="30KB")
+    weights = {name for folder in ("new", "old") for name in names(tmp_path / folder) if name.startswith("model")}
+    assert {name for name in names(tmp_path) if name.startswith("model")} == weights
+    for variant, model in ((kept, old), (saved, new)):
+        assert same_bits(AutoModelForCausalLM.from_pretrained(tmp_path, variant=variant), model)
 
 
 def test_a_save_that_fails_leaves_the_student_that_was_there(tmp_path: Path) -> None:
