@@ -9,7 +9,7 @@ import inspect
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,8 @@ class StudentSaver:
 class StudentPusher:
     """A student's `push_to_hub`: the files that the stock method uploads, and a model card.
 
-    An attribute of the instance, as `StudentSaver`. It takes the keyword arguments of `transformers.utils.PushToHubMixin`.
+    An attribute of the instance, as `StudentSaver`. It takes the keyword arguments of `transformers.utils.PushToHubMixin`, and
+    `save_options`: other arguments of `save_pretrained`, such as `state_dict` and `variant`.
     """
 
     def __init__(self, student: PreTrainedModel):
@@ -78,6 +79,7 @@ class StudentPusher:
         create_pr: bool = False,
         max_shard_size: int | str = "50GB",
         tags: list[str] | None = None,
+        save_options: Mapping[str, Any] | None = None,
     ) -> CommitInfo:
         """Upload the student in one commit; an existing card of the repository keeps all text outside of our section."""
         api = HfApi(token=token)
@@ -87,7 +89,7 @@ class StudentPusher:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             fetch_card(repo_id, folder, token=token, revision=revision)
-            self.student.save_pretrained(folder, max_shard_size=max_shard_size)
+            self.student.save_pretrained(folder, max_shard_size=max_shard_size, **(save_options or {}))
             report: Any = self.student.initialization_report
             model_tags = [*(self.student.model_tags or []), *(tags or [])]
             write_model_card(folder, report, model_id=repo_id, tags=model_tags, token=token)
@@ -196,6 +198,7 @@ def save_student(
         save(student, folder, is_main_process=False, state_dict=state_dict, **options)
         return
     check_weights_finite(student if state_dict is None else state_dict)
+    pushed = dict(state_dict) if push_to_hub and state_dict is not None else None  # the stock method empties its own
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     check_disk_space(existing, student.get_memory_footprint())
     try:
@@ -223,6 +226,14 @@ def save_student(
             raise
         raise DiskError(f"The student could not be written to {folder}: {error}. The folder is unchanged.") from error
     if push_to_hub:  # only now: the stock class would have pushed before the report was written
-        parameters = inspect.signature(PushToHubMixin.push_to_hub).parameters
-        push_options = {name: value for name, value in options.items() if name in parameters and name != "repo_id"}
-        student.push_to_hub(options.get("repo_id", folder.name), **push_options)
+        _push_saved(student, options.pop("repo_id", folder.name), options | {"state_dict": pushed})
+
+
+def _push_saved(student: PreTrainedModel, repo_id: str, options: Mapping[str, Any]) -> None:
+    """Push a student as it was saved with these arguments of `save_pretrained`, some of which are those of `push_to_hub`."""
+    parameters = inspect.signature(PushToHubMixin.push_to_hub).parameters
+    push_options = {name: value for name, value in options.items() if name in parameters}
+    push: Any = student.push_to_hub
+    if isinstance(push, StudentPusher):  # another one has no argument for them
+        push_options["save_options"] = {name: value for name, value in options.items() if name not in parameters}
+    push(repo_id, **push_options)

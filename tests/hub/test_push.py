@@ -241,6 +241,29 @@ def test_what_is_pushed_is_the_stock_files_the_report_and_its_card(tmp_path: Pat
     assert hub.private == {"me/named"}
 
 
+PUSH_OTHER_WEIGHTS = """
+    import sys
+    from tests.hub.test_push import LLAMA, MyStudent, llama_student
+    own = MyStudent.from_teacher(LLAMA.teacher(), show_progress=False, **LLAMA.smaller)
+    for name, student in (("plain", llama_student()), ("own", own)):
+        averaged = {key: tensor + 1 for key, tensor in student.state_dict().items()}
+        student.save_pretrained(f"{sys.argv[1]}/saved/{name}", state_dict=averaged, push_to_hub=True, variant="ema")
+"""
+
+
+@pytest.mark.extended
+def test_what_is_pushed_has_the_weights_that_were_saved(tmp_path: Path) -> None:
+    with fake_hub() as hub:
+        run_with_hub(PUSH_OTHER_WEIGHTS, hub, tmp_path)
+    for name in ("plain", "own"):
+        assert not any(file.startswith("model.s") for file in hub.repositories[f"me/{name}"])
+        pushed = load_file(pull(hub, f"me/{name}", tmp_path / "pulled") / "model.ema.safetensors")
+        expected = {key: tensor + 1 for key, tensor in llama_student().state_dict().items()}
+        saved = load_file(tmp_path / "saved" / name / "model.ema.safetensors")
+        assert pushed.keys() == saved.keys()
+        assert all(torch.equal(pushed[key], expected[key]) and torch.equal(saved[key], expected[key]) for key in saved)
+
+
 PUSH_AGAIN = """
     import sys
     from transformers import PreTrainedTokenizerFast
