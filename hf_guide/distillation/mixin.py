@@ -207,6 +207,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         self._similarities = SimilarityRecorder()
         self._needs_all_logits, self._evaluated_losses = False, set[str]()
         self._hub_target = {"token": args.hub_token, "revision": args.hub_revision}
+        self._seen_cards = set()
         self.called_methods, self.loss_gradients = set(), []
         keywords = {
             "model": student,

@@ -18,7 +18,7 @@ from hf_guide.distillation.resuming import remove_paths_from_state
 from hf_guide.distillation.step_checks import StepCheckedTrainer
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError
-from hf_guide.hub.metadata import save_record
+from hf_guide.hub.metadata import CARD_NAME, save_record
 from hf_guide.hub.model_card import remove_local_paths, write_model_card
 from hf_guide.hub.push import attach_record, fetch_card
 from hf_guide.models.code_references import clean_saved_folder
@@ -33,6 +33,7 @@ class StudentFilesTrainer(StepCheckedTrainer):
 
     args: DistillationArguments
     _hub_target: dict[str, Any]
+    _seen_cards: set[bytes]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
@@ -89,9 +90,17 @@ class StudentFilesTrainer(StepCheckedTrainer):
         private: bool | None = None,
         **kwargs: Any,
     ) -> CommitInfo:
-        """Push as `Trainer` does; the existing card of the target revision is kept."""
+        """Push as `Trainer` does; the existing card of the target revision is kept, outside of our section.
+
+        Text that was written on the Hub since the last push is kept, and so is text in the `README.md` of `output_dir` unless
+        the Hub's has changed too: then it is in `_README.local.md`, which is not pushed.
+        """
         self._hub_target = {"token": token or self.args.hub_token, "revision": revision or self.args.hub_revision}
-        return super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        commit = super().push_to_hub(commit_message, blocking, token, revision, private, **kwargs)
+        card = Path(self.args.output_dir or "") / CARD_NAME
+        if self.is_world_process_zero() and card.is_file():
+            self._seen_cards.add(card.read_bytes())
+        return commit
 
     def create_model_card(
         self,
@@ -116,7 +125,7 @@ class StudentFilesTrainer(StepCheckedTrainer):
             return
         folder = Path(self.args.output_dir or "")
         if self.hub_model_id is not None:
-            fetch_card(self.hub_model_id, folder, **self._hub_target)
+            fetch_card(self.hub_model_id, folder, seen=self._seen_cards, **self._hub_target)
         names = _as_list(dataset) or _as_list(dataset_args)
         record = build_training_record(
             self,

@@ -6,8 +6,8 @@ upload all of it in one commit. Does not: change the student's class, or what th
 
 import copy
 import inspect
+import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    LocalEntryNotFoundError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -30,8 +31,13 @@ from hf_guide.models.code_references import clean_saved_folder
 from hf_guide.models.sentence_files import write_sentence_modules
 from hf_guide.models.sentence_modules import attached_sentence_modules
 from hf_guide.models.token_rows import attached_tokenizer
-from hf_guide.utils.files import DiskError, check_disk_space, is_write_error, staged_update
+from hf_guide.utils.files import DiskError, atomic_write, check_disk_space, is_write_error, staged_update
 from hf_guide.utils.finite import check_weights_finite
+
+logger = logging.getLogger(__name__)
+
+LOCAL_CARD_NAME = "_README.local.md"
+"""A folder's card that another one from the Hub has replaced; `Trainer` pushes no file whose name begins with "_"."""
 
 
 class StudentSaver:
@@ -124,29 +130,70 @@ def fetch_card(
     *,
     token: str | bool | None = None,
     revision: str | None = None,
+    seen: set[bytes] | None = None,
 ) -> Path | None:
-    """Download a repository's model card into a folder without one, so that a push keeps its text.
+    """Put a repository's model card into a folder where the folder's own is not made from it, so that a push keeps its text.
 
-    An unfilled template in the folder counts as no card.
+    The folder's card stays where the repository has none, the same, or one in `seen`: nobody has changed it since, so only
+    the folder's can have new text. Otherwise the repository's replaces it. If the folder's is not in `seen` either, both may
+    have text of people; it is then moved to `_README.local.md`, with a warning. An unfilled template counts as no card.
+
+    Args:
+        repo_id: The repository.
+        folder: The folder that is pushed to it.
+        token, revision: As in `hf_hub_download`.
+        seen: Cards that were fetched into this folder or pushed from it; a card that is fetched is added.
 
     Returns:
         The card's path in the folder, or None if neither the folder nor the repository has one.
 
     Raises:
-        OSError: The Hub cannot be reached, so a push could overwrite text that was not seen.
+        OSError: The Hub does not return the card, so a push could overwrite text that was not seen. Where it cannot be reached
+            at all, the folder's card stays if there is one.
         HfGuideError: The card in the folder cannot be read.
     """
     path = Path(folder) / CARD_NAME
-    local_card = path if path.is_file() else None
-    if local_card is not None and not is_default_template(read_card(path)):
-        return path
+    seen = set() if seen is None else seen
+    local = path.read_bytes() if path.is_file() and not is_default_template(read_card(path)) else None
     try:
-        downloaded = hf_hub_download(repo_id, CARD_NAME, token=token, revision=revision)
-    except (RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
-        return local_card
+        published = _published_card(repo_id, token=token, revision=revision)
+    except LocalEntryNotFoundError as error:
+        if local is None or isinstance(error.__cause__, HfHubHTTPError):
+            raise
+        return path
+    if published is None:
+        return path if path.is_file() else None
+    unchanged, fetched = local is not None and published in {local, *seen}, local in seen
+    seen.add(published)
+    if unchanged:
+        return path
+    if local is not None and not fetched:
+        path.replace(path.with_name(LOCAL_CARD_NAME))
+        logger.warning(
+            "The model card of %s on the Hub has other text than %s, and is kept. The other one is now %s: copy from it what "
+            "the card should have.",
+            repo_id,
+            path,
+            LOCAL_CARD_NAME,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(downloaded, path)
+    with atomic_write(path) as partial:
+        partial.write_bytes(published)
     return path
+
+
+def _published_card(repo_id: str, *, token: str | bool | None, revision: str | None) -> bytes | None:
+    """Return a repository's model card; None without one. Not from the cache, which may have an older one.
+
+    Raises:
+        OSError: The Hub cannot be reached, or does not return the card.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            downloaded = hf_hub_download(repo_id, CARD_NAME, token=token, revision=revision, local_dir=folder)
+        except (RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
+            return None
+        return Path(downloaded).read_bytes()
 
 
 def attach_report(student: PreTrainedModel, report: InitializationReport) -> None:

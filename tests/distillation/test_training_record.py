@@ -10,6 +10,57 @@ from tests.fake_hub import fake_hub
 from tests.hub.test_push import pull, run_with_hub
 from tests.tiny import run_python
 
+EDIT_THE_CARD = """
+    import sys
+    from pathlib import Path
+    from huggingface_hub import HfApi
+    from hf_guide import DistillationTrainer
+    from tests.distillation.small import collate, examples_for, llama
+    from tests.distillation.test_trainer import arguments
+
+    card = Path(sys.argv[1]) / "run" / "README.md"
+    args = arguments(card.parent, losses={"ce": 1.0}, max_steps=1, hub_model_id="me/student", hub_token="hf_none")
+
+    def write(text):
+        card.write_text(f"{card.read_text()}\\n{text}\\n")
+
+    def write_on_the_hub(text):
+        published = Path(HfApi().hf_hub_download("me/student", "README.md", local_dir=sys.argv[1])).read_text()
+        HfApi().upload_file(
+            path_or_fileobj=f"{published}\\n{text}\\n".encode(), path_in_repo="README.md", repo_id="me/student"
+        )
+
+    def make_trainer():
+        return DistillationTrainer(llama(0), args, collate, examples_for("causal-lm"))
+
+    trainer = make_trainer()
+    trainer.push_to_hub()
+    write_on_the_hub("First on the Hub.")
+    trainer.push_to_hub()
+    write("First here.")
+    trainer.create_model_card(license="mit")
+    trainer.push_to_hub()
+    write_on_the_hub("Second on the Hub.")
+    trainer = make_trainer()  # as a run that goes on in another process
+    trainer.push_to_hub()
+    write("Second here.")
+    write_on_the_hub("Third on the Hub.")
+    trainer.push_to_hub()
+"""
+
+
+@pytest.mark.extended
+def test_a_push_keeps_what_people_wrote_in_the_card_since_the_last_one(tmp_path: Path) -> None:
+    with fake_hub() as hub:
+        run_with_hub(EDIT_THE_CARD, hub, tmp_path)
+    files, local = hub.repositories["me/student"], tmp_path / "run" / "_README.local.md"
+    card = files["README.md"].decode()
+    for text in ("First on the Hub.", "First here.", "Second on the Hub.", "Third on the Hub."):
+        assert card.count(text) == 1, text
+    assert "license: mit" in card and "Second here." not in card and card.count("hf_guide:begin") == 1
+    assert "Second here." in local.read_text() and local.name not in files, "text of both sides: neither is lost"
+
+
 TRAIN = """
     import json, sys
     from pathlib import Path

@@ -385,16 +385,19 @@ def test_a_saved_report_holds_no_path(tmp_path):
     assert InitializationReport.load(tmp_path) == REPORT
 
 
-def test_a_card_that_is_there_is_not_fetched(tmp_path):
+def test_a_card_that_is_there_stays_where_the_hub_cannot_be_reached(tmp_path):
+    with pytest.raises(OSError, match="cannot"):
+        fetch_card("me/never-reached", tmp_path)
     (tmp_path / "README.md").write_text("mine")
-    assert fetch_card("me/never-asked", tmp_path) == tmp_path / "README.md"
+    assert fetch_card("me/never-reached", tmp_path) == tmp_path / "README.md"
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_a_blank_card_gives_way_to_that_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "hub.md").write_text("# Theirs\n")
     asked = []
 
-    def download(repo_id, name, **where):
+    def download(repo_id, name, *, local_dir, **where):
         asked.append((repo_id, name, where))
         return str(tmp_path / "hub.md")
 
