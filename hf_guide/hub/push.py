@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
-from hf_guide.hub.metadata import CARD_NAME, DistillationRecord, read_card, save_record
+from hf_guide.hub.metadata import CARD_NAME, RECORD_NAME, DistillationRecord, read_card, save_record
 from hf_guide.hub.model_card import is_default_template, write_model_card
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.models.code_references import clean_saved_folder
@@ -226,6 +226,9 @@ def save_student(
 ) -> None:
     """Save a student and its records atomically; push them if `push_to_hub`.
 
+    A record in the folder of how another student was trained is removed. It stays if this one was loaded from that folder, or
+    has no report, so that hf_guide did not make it in this process.
+
     Args:
         student: The model.
         save: An unbound `save_pretrained`.
@@ -268,12 +271,19 @@ def save_student(
             if modules is not None:
                 write_sentence_modules(modules, new)
             clean_saved_folder(new)
+        if report is not None and record is None and not _is_loaded_from(student, folder):
+            (folder / RECORD_NAME).unlink(missing_ok=True)
     except Exception as error:
         if isinstance(error, OSError) or not is_write_error(error):
             raise
         raise DiskError(f"The student could not be written to {folder}: {error}. The folder is unchanged.") from error
     if push_to_hub:  # only now: the stock class would have pushed before the report was written
         _push_saved(student, options.pop("repo_id", folder.name), options | {"state_dict": pushed})
+
+
+def _is_loaded_from(student: PreTrainedModel, folder: Path) -> bool:
+    source = student.name_or_path
+    return source is not None and source != "" and Path(source).is_dir() and Path(source).samefile(folder)
 
 
 def _push_saved(student: PreTrainedModel, repo_id: str, options: Mapping[str, Any]) -> None:

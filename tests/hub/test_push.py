@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, TrainingArguments
 
 from hf_guide import FromTeacherMixin, InitializationReport, OptionError, from_teacher
-from hf_guide.hub.metadata import RECORD_NAME, load_record
+from hf_guide.hub.metadata import RECORD_NAME, DistillationRecord, load_record
 from hf_guide.hub.model_card import PLOT_NAME
+from hf_guide.hub.push import attach_record, attach_report
 from hf_guide.initialization.report import REPORT_NAME
 from tests.fake_hub import FakeHub, fake_hub
 from tests.tiny import KINDS, Kind, inputs, logits, run_python, same_bits
@@ -128,6 +129,19 @@ def test_a_copied_or_pickled_student_saves_its_own_weights_and_report(tmp_path: 
         saved = load_file(tmp_path / name / "model.safetensors")
         assert torch.equal(saved["model.norm.weight"], torch.full((24,), 3.0))
     assert torch.equal(student.model.norm.weight, torch.full((24,), 5.0))
+
+
+def test_an_untrained_student_does_not_keep_the_record_of_the_one_that_it_replaces(tmp_path: Path) -> None:
+    trained = llama_student()
+    attach_record(trained, DistillationRecord(steps=7))
+    trained.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    attach_report(loaded, trained.initialization_report)
+    for student in (loaded, MyStudent.from_pretrained(tmp_path), trained):
+        student.save_pretrained(tmp_path)
+        assert load_record(tmp_path).steps == 7
+    llama_student().save_pretrained(tmp_path)
+    assert set(os.listdir(tmp_path)) == STOCK | {REPORT_NAME}, "its report is the same, and it was not trained"
 
 
 def save_in_worker(_: int, student: LlamaForCausalLM, folder: str) -> None:
