@@ -56,6 +56,7 @@ from hf_guide.distillation.step_checks import StepChecksCallback, non_finite_los
 from hf_guide.distillation.student_files import StudentFilesTrainer
 from hf_guide.distillation.student_init import (
     align_student_special_tokens,
+    attach_saved_report,
     init_student_from_teacher,
     validate_student,
     validate_tokenizer,
@@ -199,6 +200,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
                 train_dataset,
                 data_collator,
             )
+        attach_saved_report(student, token=args.hub_token)
         # PEFT changes the student in place, so this comes first.
         check_no_shared_parameters(student, source if isinstance(source, (list, tuple)) else [source])
         if peft_config is not None:

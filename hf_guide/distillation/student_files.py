@@ -16,6 +16,7 @@ from hf_guide.distillation.merging import save_merged
 from hf_guide.distillation.objective import is_sharded
 from hf_guide.distillation.resuming import remove_paths_from_state
 from hf_guide.distillation.step_checks import StepCheckedTrainer
+from hf_guide.distillation.student_init import attach_saved_report
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError
 from hf_guide.hub.metadata import CARD_NAME, save_record
@@ -34,6 +35,12 @@ class StudentFilesTrainer(StepCheckedTrainer):
     args: DistillationArguments
     _hub_target: dict[str, Any]
     _seen_cards: set[bytes]
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Return a new student, with the initialization report that is saved next to its weights."""
+        student = super().call_model_init(trial)
+        attach_saved_report(student, token=self.args.hub_token)
+        return student
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:

@@ -1,20 +1,29 @@
 """The student of a trainer: checked, initialized from its teacher where no model is passed, and wrapped with PEFT."""
 
 import inspect
+import logging
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from torch import nn
 from torch._dynamo import OptimizedModule
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.trainer_utils import align_special_tokens
 
 from hf_guide.data.sentence_collator import CollatedBatches
-from hf_guide.errors import OptionError, VocabularyError
+from hf_guide.errors import HfGuideError, OptionError, VocabularyError
+from hf_guide.hub.push import attach_report
+from hf_guide.initialization.report import REPORT_NAME, InitializationReport
 from hf_guide.models.adapters import has_adapter, parametrized_layers, validate_unwrapped, without_adapter
 from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.signal_cache.reader import Capture
+from hf_guide.utils.public_names import is_local
+
+logger = logging.getLogger(__name__)
 
 _CALIBRATION_INPUTS = ("input_ids", "pixel_values", "input_features", "input_values")
 
@@ -73,6 +82,43 @@ def init_student_from_teacher(
             "the tokenizer of its folder, and pass both."
         )
     return made
+
+
+def attach_saved_report(student: Any, *, token: str | bool | None = None) -> None:
+    """Attach the initialization report of the folder or repository that a student was loaded from, if it has one.
+
+    Without it, what is saved after training would not name the teacher that the student was initialized from. A model that is
+    only built from the config of that folder, or has other shapes than the report, is left as it is.
+
+    Args:
+        student: Any model, with or without an adapter; None is a no-op.
+        token: Access token of the Hub.
+    """
+    base = without_adapter(student)
+    if not isinstance(base, PreTrainedModel) or getattr(base, "initialization_report", None) is not None:
+        return
+    # A config names its folder too, but only `from_pretrained` marks the weights.
+    is_loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in base.parameters())
+    report = _saved_report(base, token) if is_loaded and base.name_or_path else None
+    shapes = {name: list(parameter.shape) for name, parameter in base.named_parameters()}
+    if report is not None and all(shapes.get(each.name, each.shape) == each.shape for each in report.parameters):
+        attach_report(base, report)
+
+
+def _saved_report(student: PreTrainedModel, token: str | bool | None) -> InitializationReport | None:
+    name = student.name_or_path or ""
+    try:
+        if is_local(name):
+            path = Path(name).expanduser() / REPORT_NAME
+        else:
+            revision = getattr(student.config, "_commit_hash", None)
+            path = Path(hf_hub_download(name, REPORT_NAME, revision=revision, token=token))
+        return InitializationReport.load(path) if path.is_file() else None
+    except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        logger.info("The initialization report of %s could not be downloaded: %s", name, error)
+    except HfGuideError as error:
+        logger.warning("How the student was initialized is not saved with it: %s", error)
+    return None
 
 
 def _takes_rows(dataset: Any, data_collator: Any) -> bool:

@@ -1,11 +1,18 @@
 """A trainer pushes a stock student with the record of its origin, here to a fake Hub over real HTTP."""
 
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from hf_guide import DistillationTrainer, InitializationReport, from_teacher
+from hf_guide.hub.metadata import load_record
+from tests.distillation.small import collate, examples_for, llama
+from tests.distillation.test_trainer import arguments
 from tests.fake_hub import fake_hub
 from tests.hub.test_push import pull, run_with_hub
 from tests.tiny import run_python
@@ -113,8 +120,6 @@ LOAD = """
 
 @pytest.mark.extended
 def test_a_pushed_student_is_stock_and_gives_the_trainers_own_figure(tmp_path: Path) -> None:
-    from tests.distillation.small import examples_for
-
     with fake_hub() as hub:
         hub.repositories["me/student"] = {"README.md": b"---\ntags:\n- mine\n---\n# My student\n\nMy own words.\n"}
         run_with_hub(TRAIN, hub, tmp_path)
@@ -147,3 +152,50 @@ def test_a_pushed_student_is_stock_and_gives_the_trainers_own_figure(tmp_path: P
     record = json.loads((pushed / "distillation.json").read_text())
     assert record["losses"] == {"ce": 0.5, "kd": 0.5} and record["steps"] == 4
     assert [entry["step"] for entry in record["history"]] == [2, 4], "the last evaluation is of the same step again"
+
+
+@pytest.fixture
+def saved_student(tmp_path: Path) -> Path:
+    teacher = llama(2, width=32, blocks=4)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32, "head_dim": 4}
+    from_teacher(teacher, show_progress=False, **sizes).save_pretrained(tmp_path / "student")
+    return tmp_path / "student"
+
+
+@pytest.mark.parametrize("way", ["model", "model_init", "hub"])
+def test_a_loaded_student_is_saved_with_the_report_of_its_initialization(
+    way: str, saved_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def load() -> Any:
+        student = AutoModelForCausalLM.from_pretrained(saved_student)
+        if way == "hub":
+            student.name_or_path, student.config._commit_hash = "me/student", "0" * 40
+        return student
+
+    def download(repo_id: str, name: str, **where: Any) -> str:
+        asked.append((repo_id, where))
+        return str(saved_student / name)
+
+    monkeypatch.setattr("hf_guide.distillation.student_init.hf_hub_download", download)
+    student = {"model_init": load} if way == "model_init" else {"model": load()}
+    args = arguments(tmp_path / "run", losses={"ce": 1.0}, hub_token="hf_none")
+    trainer = DistillationTrainer(args=args, data_collator=collate, train_dataset=examples_for("causal-lm"), **student)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    assert InitializationReport.load(tmp_path / "run") == InitializationReport.load(saved_student)
+    assert load_record(tmp_path / "run").steps == 1
+    assert "guide" in ModelCard.load(tmp_path / "run" / "README.md").data.tags
+    assert asked == ([("me/student", {"revision": "0" * 40, "token": "hf_none"})] if way == "hub" else [])
+
+
+def test_a_student_of_random_weights_has_no_report_of_the_folder_of_its_config(
+    saved_student: Path, tmp_path: Path
+) -> None:
+    student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(saved_student))
+    args = arguments(tmp_path / "run", losses={"ce": 1.0})
+    DistillationTrainer(student, args, collate, examples_for("causal-lm")).save_model()
+    assert "model.safetensors" in os.listdir(tmp_path / "run")
+    assert "initialization_report.json" not in os.listdir(tmp_path / "run")
