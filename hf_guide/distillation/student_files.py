@@ -22,6 +22,7 @@ from hf_guide.errors import OptionError
 from hf_guide.hub.metadata import CARD_NAME, save_record
 from hf_guide.hub.model_card import remove_local_paths, write_model_card
 from hf_guide.hub.push import attach_record, fetch_card
+from hf_guide.initialization.report import REPORT_NAME
 from hf_guide.models.code_references import clean_saved_folder
 from hf_guide.models.sentence_files import write_sentence_modules
 from hf_guide.models.sentence_modules import attached_sentence_modules
@@ -142,8 +143,12 @@ class StudentFilesTrainer(StepCheckedTrainer):
         )
         save_record(folder, record)
         attach_record(self.unwrapped_student, record)
+        saved = (
+            folder / REPORT_NAME
+        ).is_file()  # an adapter's folder has none; the file has no path to the teacher's card
         write_model_card(
             folder,
+            getattr(self.unwrapped_student, "initialization_report", None) if saved else None,
             model_id=self.hub_model_id or model_name,
             license=license,
             language=language,

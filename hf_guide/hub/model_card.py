@@ -15,6 +15,7 @@ from typing import Any
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from hf_guide.errors import HfGuideError
+from hf_guide.hub.licenses import inherited_license, is_inherited, source_languages, source_models
 from hf_guide.hub.metadata import (
     CARD_NAME,
     LIBRARY_TAG,
@@ -29,7 +30,6 @@ from hf_guide.hub.metadata import (
     merge_results,
     read_card,
     result_rows,
-    teacher_record,
     teacher_repo_id,
     to_eval_results,
     to_repo_id,
@@ -106,7 +106,8 @@ def write_model_card(
     if is_default_template(card):
         card = None
     model_id = model_id or _repo_id_from_title(card) or folder.resolve().name
-    teachers = _teacher_records(report, record, look_up=not (license or data.get("license")), token=token)
+    sources = source_models(report, record, look_up=not (license or data.get("license")), token=token)
+    teachers = (record.teachers if record is not None else []) or sources[:1]
     saved = SavedModel.read(folder)
     student_class = saved.stock_class or _class_from_records(report, record)
     _remove_local_base_models(data)
@@ -124,9 +125,9 @@ def write_model_card(
             "pipeline_tag": SENTENCE_PIPELINE_TAGS.get(saved.sentence_class)
             or (record.task if record is not None else None)
             or pipeline_tag(student_class),
-            "language": (record.languages if record is not None else []) or _languages(teachers),
+            "language": (record.languages if record is not None else []) or source_languages(sources),
         }
-        | _inherited_license(teachers),
+        | inherited_license(sources),
     )
     all_results = merge_results(data, [*record_results, *(results or [])], model_id)
     rows = result_rows(record) if record is not None else []
@@ -137,8 +138,7 @@ def write_model_card(
         model_id=model_id,
         student_class=student_class,
         results=_results_table(rows),
-        license=", ".join(map(str, as_list(data.get("license")))),
-        inherited=data.get("license") in [teacher.license for teacher in teachers],
+        **_license_values(data, sources),
         **_report_and_record_values(report, record, teachers, draw_plots(report, record, folder)),
         **_saved_model_values(saved, student_class, record),
         **_FILTERS,
@@ -169,6 +169,19 @@ def _report_and_record_values(
         "teachers": [(_markdown_link(each.name, to_repo_id(each.name, each.revision)), each) for each in teachers],
         "plot": PLOT_NAME if PLOT_NAME in plots else None,
         "training_plot": TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
+    }
+
+
+def _license_values(data: CardData, sources: list[TeacherRecord]) -> dict[str, Any]:
+    """Return the template's variables about the license of the student and of the models that it was made from."""
+    inherited = is_inherited(data, sources)
+    known = any(source.license for source in sources)
+    named = [(_markdown_link(each.name, to_repo_id(each.name, each.revision)), each.license) for each in sources]
+    return {
+        "license": ", ".join(map(str, as_list(data.get("license")))),
+        "inherited": inherited,
+        "source_licenses": named if known and not inherited else [],
+        "several_sources": len(sources) > 1,
     }
 
 
@@ -280,25 +293,6 @@ def remove_local_paths(folder: Path) -> None:
 # The metadata
 
 
-def _teacher_records(
-    report: InitializationReport | None,
-    record: DistillationRecord | None,
-    *,
-    look_up: bool,
-    token: str | bool | None,
-) -> list[TeacherRecord]:
-    """Return the teachers of the training; without training, the teacher that the student was initialized from."""
-    if record is not None and record.teachers:
-        return record.teachers
-    if report is None:
-        return []
-    name, revision, _ = report.first_teacher
-    if look_up:
-        name = name if report.lineage else report.teacher
-        return [teacher_record(name, revision=revision, token=token)]
-    return [TeacherRecord(name, revision)]
-
-
 def _base_models(
     report: InitializationReport | None, teachers: list[TeacherRecord], adapter: str | None
 ) -> str | list[str] | None:
@@ -328,18 +322,6 @@ def _library_name(saved: SavedModel) -> str:
 
 def _explicit_metadata(license: str | None, language: str | Sequence[str] | None) -> dict[str, Any]:
     return {"license": license, "language": language if language is None or isinstance(language, str) else [*language]}
-
-
-def _inherited_license(teachers: list[TeacherRecord]) -> dict[str, str | None]:
-    """Return the license of the teachers, if they all have the same."""
-    if len({(teacher.license, teacher.license_name) for teacher in teachers}) != 1:
-        return {}
-    (first, *_) = teachers
-    return {"license": first.license, "license_name": first.license_name, "license_link": first.license_link}
-
-
-def _languages(teachers: list[TeacherRecord]) -> list[str]:
-    return list(dict.fromkeys(language for teacher in teachers for language in teacher.languages))
 
 
 def _default_tags(report: InitializationReport | None, record: DistillationRecord | None) -> list[str]:

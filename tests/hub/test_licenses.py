@@ -1,0 +1,89 @@
+"""A student's card has a license and languages only as far as all models that it was made from have them."""
+
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+
+from hf_guide import DistillationTrainer, from_teacher
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord
+from hf_guide.hub.model_card import write_model_card
+from tests.distillation.small import collate, examples_for, llama
+from tests.distillation.test_trainer import arguments
+
+SMALLER = {"num_hidden_layers": 1, "show_progress": False}
+
+
+def save_teacher(folder: Path, metadata: str, seed: int = 1) -> Path:
+    """Save a tiny teacher with a card of this metadata."""
+    llama(seed).save_pretrained(folder)
+    (folder / "README.md").write_text(f"---\n{metadata}---\n# A teacher\n")
+    return folder
+
+
+def distill(student: LlamaForCausalLM, teacher: object, folder: Path) -> ModelCard:
+    """Train a student for one step, and return the card that the trainer writes."""
+    args = arguments(folder, losses={"ce": 0.5, "kd": 0.5}, learning_rate=0.01)
+    trainer = DistillationTrainer(student, args, collate, examples_for("causal-lm"), teacher=teacher)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    return ModelCard.load(folder / "README.md")
+
+
+def test_the_licenses_of_initialization_and_training_are_both_named(tmp_path: Path) -> None:
+    first = save_teacher(tmp_path / "first", "license: llama3\nlanguage: de\n")
+    second = save_teacher(tmp_path / "second", "license: mit\nlanguage: en\n", seed=2)
+    card = distill(from_teacher(str(first), **SMALLER), str(second), tmp_path / "student")
+    assert card.data.license is None and card.data.language == ["de", "en"]
+    assert "License: " not in card.text and "No license is specified" in card.text
+    assert "Licenses of the models that it was made from: `first`: llama3; `second`: mit." in card.text
+    assert "distilled from `second`." in card.text, "it was not distilled from the first"
+
+
+def test_one_license_of_all_teachers_is_the_students(tmp_path: Path) -> None:
+    first = save_teacher(tmp_path / "first", "license: mit\n")
+    second = save_teacher(tmp_path / "second", "license: mit\n", seed=2)
+    card = distill(from_teacher(str(first), **SMALLER), str(second), tmp_path / "student")
+    assert card.data.license == "mit" and "License: mit (the teachers')." in card.text
+    assert "Licenses of the models" not in card.text
+
+
+@pytest.mark.parametrize("as_model", [False, True])
+def test_a_teacher_of_initialization_and_training_is_one(tmp_path: Path, as_model: bool) -> None:
+    folder = save_teacher(tmp_path / "teacher", "license: mit\n")
+    teacher = AutoModelForCausalLM.from_pretrained(folder) if as_model else str(folder)
+    card = distill(from_teacher(teacher, **SMALLER), teacher, tmp_path / "student")
+    assert card.data.license == "mit" and "License: mit (the teacher" in card.text
+
+
+def test_teachers_of_one_folder_name_are_two(tmp_path: Path) -> None:
+    first = save_teacher(tmp_path / "a" / "teacher", "license: llama3\n")
+    second = save_teacher(tmp_path / "b" / "teacher", "license: mit\n", seed=2)
+    card = distill(from_teacher(str(first), **SMALLER), str(second), tmp_path / "student")
+    assert card.data.license is None and "`teacher`: llama3; `teacher`: mit." in card.text
+
+
+def test_a_license_that_is_not_recorded_is_none(tmp_path: Path) -> None:
+    record = DistillationRecord(teachers=[TeacherRecord("a/big", license="mit"), TeacherRecord("folder")], steps=1)
+    card = ModelCard.load(write_model_card(tmp_path, record=record))
+    assert card.data.license is None
+    assert "[a/big](https://huggingface.co/a/big): mit; `folder`: not recorded." in card.text
+
+
+def test_a_chosen_license_does_not_hide_that_of_a_teacher(tmp_path: Path) -> None:
+    record = DistillationRecord(teachers=[TeacherRecord("a/big", license="mit")], steps=1)
+    card = ModelCard.load(write_model_card(tmp_path, record=record, license="apache-2.0"))
+    assert card.data.license == "apache-2.0"
+    assert "License: apache-2.0. Licenses of the models" in card.text and "/a/big): mit." in card.text
+
+
+def test_a_license_that_was_given_to_a_student_counts_for_one_made_of_it(tmp_path: Path) -> None:
+    first = save_teacher(tmp_path / "first", "license: apache-2.0\n")
+    middle = from_teacher(str(first), **SMALLER)
+    middle.save_pretrained(tmp_path / "middle")
+    write_model_card(tmp_path / "middle", license="cc-by-nc-4.0")
+    last = from_teacher(str(tmp_path / "middle"), intermediate_size=32, show_progress=False)
+    card = ModelCard.load(write_model_card(tmp_path / "last", last.initialization_report))
+    assert card.data.license is None and "`middle`: cc-by-nc-4.0" in card.text
