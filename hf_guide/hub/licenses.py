@@ -4,6 +4,8 @@ Does: list the models that its weights and its training come from; combine their
 Does not: read their cards (`metadata.py`), or draw the student's (`model_card.py`).
 """
 
+from typing import Any
+
 from huggingface_hub import CardData
 
 from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, as_list, teacher_record
@@ -47,18 +49,20 @@ def _is_among(teachers: list[TeacherRecord], name: str, fingerprint: str | None)
     return any(each.name == name and (fingerprint is None or each.fingerprint in known) for each in teachers)
 
 
-def inherited_license(sources: list[TeacherRecord]) -> dict[str, str | None]:
-    """Return the license of the models that a student was made from, if they all have the same."""
-    if len({(each.license, each.license_name) for each in sources}) != 1:
+def inherited_license(sources: list[TeacherRecord]) -> dict[str, Any]:
+    """Return the license of the models that a student was made from, if they all have the same single one."""
+    if not sources or not all(isinstance(each.license, str) for each in sources):
         return {}
-    (first, *_) = sources
+    (first, *others) = sources
+    if any((each.license, each.license_name) != (first.license, first.license_name) for each in others):
+        return {}
     return {"license": first.license, "license_name": first.license_name, "license_link": first.license_link}
 
 
 def is_inherited(data: CardData, sources: list[TeacherRecord]) -> bool:
     """Return whether the license in a card's metadata is that of every model that the student was made from."""
     chosen = as_list(data.get("license"))
-    return bool(chosen) and bool(sources) and all([each.license] == chosen for each in sources)
+    return bool(chosen) and bool(sources) and all(as_list(each.license) == chosen for each in sources)
 
 
 def source_languages(sources: list[TeacherRecord]) -> list[str]:

@@ -63,6 +63,7 @@ REPORTED_ARGUMENTS_IF_SET = (
 """Training arguments that a record holds where they are set."""
 
 _TEXT_KEYS = ("license", "license_name", "license_link", "language", "datasets", "tags", "base_model", "pipeline_tag")
+_TEACHER_KEYS = ("license", "license_name", "license_link", "language")
 _NON_RESULT_SUFFIXES = ("runtime", "per_second", "_time", "epoch", "step", "total_flos", "num_input_tokens_seen")
 """Suffixes of metrics that describe the machine or the progress of the run, not the model."""
 
@@ -79,7 +80,8 @@ class TeacherRecord:
         revision: Commit, where known.
         weight: Weight of this teacher in the averaged teacher signal.
         captured: Whether its signals were read from a teacher cache.
-        license, license_name, license_link, languages: From its own model card, see `teacher_record`.
+        license: Of its own model card; a list where the card names several.
+        license_name, license_link, languages: Of the same card.
         fingerprint: For a folder, a hash of its weights (`utils.fingerprint.files_fingerprint`).
     """
 
@@ -87,7 +89,7 @@ class TeacherRecord:
     revision: str | None = None
     weight: float = 1.0
     captured: bool = False
-    license: str | None = None
+    license: str | list[str] | None = None
     license_name: str | None = None
     license_link: str | None = None
     languages: list[str] = field(default_factory=list)
@@ -319,12 +321,17 @@ def teacher_record(
         data = card.data if card is not None else data
     except HfGuideError as error:
         logger.warning("The teacher's license is not known: %s", error)
-    license_fields = {key: data.get(key) for key in ("license", "license_name", "license_link")}
-    license_fields["license"] = next(iter(as_list(license_fields["license"])), None)
-    license_fields = {key: None if value is None else str(value) for key, value in license_fields.items()}
-    languages = [str(language) for language in as_list(data.get("language"))]
+    texts = {key: [str(value) for value in as_list(data.get(key)) if value is not None] for key in _TEACHER_KEYS}
     return TeacherRecord(
-        name, revision, weight, captured, languages=languages, fingerprint=fingerprint, **license_fields
+        name,
+        revision,
+        weight,
+        captured,
+        license=texts["license"] if len(texts["license"]) > 1 else next(iter(texts["license"]), None),
+        license_name=next(iter(texts["license_name"]), None),
+        license_link=next(iter(texts["license_link"]), None),
+        languages=texts["language"],
+        fingerprint=fingerprint,
     )
 
 

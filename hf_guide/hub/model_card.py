@@ -176,7 +176,10 @@ def _license_values(data: CardData, sources: list[TeacherRecord]) -> dict[str, A
     """Return the template's variables about the license of the student and of the models that it was made from."""
     inherited = is_inherited(data, sources)
     known = any(source.license for source in sources)
-    named = [(_markdown_link(each.name, to_repo_id(each.name, each.revision)), each.license) for each in sources]
+    named = [
+        (_markdown_link(each.name, to_repo_id(each.name, each.revision)), " and ".join(as_list(each.license)))
+        for each in sources
+    ]
     return {
         "license": ", ".join(map(str, as_list(data.get("license")))),
         "inherited": inherited,

@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_guide import DistillationTrainer, from_teacher
-from hf_guide.hub.metadata import DistillationRecord, TeacherRecord
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, load_record, teacher_record
 from hf_guide.hub.model_card import write_model_card
 from tests.distillation.small import collate, examples_for, llama
 from tests.distillation.test_trainer import arguments
@@ -87,3 +87,18 @@ def test_a_license_that_was_given_to_a_student_counts_for_one_made_of_it(tmp_pat
     last = from_teacher(str(tmp_path / "middle"), intermediate_size=32, show_progress=False)
     card = ModelCard.load(write_model_card(tmp_path / "last", last.initialization_report))
     assert card.data.license is None and "`middle`: cc-by-nc-4.0" in card.text
+
+
+def test_of_several_licenses_of_a_teacher_none_is_chosen(tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher", "license: [mit, cc-by-nc-4.0]\n")
+    assert teacher_record(str(teacher)).license == ["mit", "cc-by-nc-4.0"]
+    card = distill(from_teacher(str(teacher), **SMALLER), str(teacher), tmp_path / "student")
+    assert card.data.license is None and "`teacher`: mit and cc-by-nc-4.0." in card.text
+    assert load_record(tmp_path / "student").teachers[0].license == ["mit", "cc-by-nc-4.0"]
+
+
+def test_a_list_of_one_license_is_that_license(tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher", "license:\n- mit\n")
+    student = from_teacher(str(teacher), **SMALLER)
+    card = ModelCard.load(write_model_card(tmp_path / "student", student.initialization_report))
+    assert card.data.license == "mit" and "License: mit (the teacher's)." in card.text
