@@ -416,7 +416,7 @@ def _stages_table(report: InitializationReport, record: DistillationRecord | Non
         blocks = [f"{stack}: {format_ranges(sources)}" for stack, sources in stage.blocks.items()]
         losses = [f"{format_metric(weight)} x {name}" for name, weight in stage.losses.items()]
         length = f"{stage.steps:,} steps" + ("" if stage.tokens is None else f", {format_count(stage.tokens)} tokens")
-        trained = f"{length}: {' + '.join(losses)}" if losses else "none" if not stage.steps else length
+        trained = f"{length}: {' + '.join(losses)}" if losses else length if stage.steps else "not recorded"
         sizes = [f"{axis} {old} -> {new}" for axis, (old, new) in stage.sizes.items() if old != new]
         counts = f"{format_count(stage.teacher_parameters)} -> {format_count(stage.student_parameters)}"
         cells = [number, stage.teacher, counts, stage.method, ", ".join(sizes), "; ".join(blocks), trained]

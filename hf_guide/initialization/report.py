@@ -62,7 +62,7 @@ class StageRecord:
         sizes: By axis, the size before and after.
         blocks: By stack, the block of its own source that feeds each of its blocks.
         steps, tokens: How long it was trained: optimizer steps, and input tokens where they were counted.
-        losses: Weight of each loss that it was trained on; empty where it was not trained.
+        losses: Weight of each loss that it was trained on; empty where no training was recorded.
     """
 
     teacher: str

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 
 from hf_guide import FromTeacherMixin, InitializationReport, OptionError, from_teacher
 from hf_guide.hub.metadata import RECORD_NAME, DistillationRecord, load_record
-from hf_guide.hub.model_card import PLOT_NAME
+from hf_guide.hub.model_card import PLOT_NAME, write_model_card
 from hf_guide.hub.push import attach_record, attach_report
 from hf_guide.initialization.report import REPORT_NAME
 from tests.fake_hub import FakeHub, fake_hub
@@ -423,3 +423,17 @@ def test_a_vision_language_student_is_pushed_with_its_processor(tmp_path: Path) 
     )
     card = ModelCard.load(pulled / "README.md")
     assert card.data.pipeline_tag == "image-text-to-text" and "AutoProcessor.from_pretrained(" in card.text
+
+
+def test_a_card_claims_nothing_of_training_that_is_not_recorded(tmp_path: Path) -> None:
+    """Trained by a stock `Trainer`, a student has no record of it; neither has one that is made of it."""
+    student = llama_student()
+    args = TrainingArguments(str(tmp_path / "run"), max_steps=1, report_to=[], save_strategy="no", use_cpu=True)
+    Trainer(student, args, train_dataset=[{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]).train()
+    student.save_pretrained(tmp_path / "trained")
+    text = write_model_card(tmp_path / "trained").read_text()
+    assert "No evaluation and no training by `hf_guide` is recorded." in text and "not been trained" not in text
+    last = from_teacher(str(tmp_path / "trained"), num_hidden_layers=1, show_progress=False)
+    text = write_model_card(tmp_path / "last", last.initialization_report).read_text()
+    rows = [line for line in text.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
+    assert len(rows) == 2 and all(row.endswith("| not recorded |") for row in rows)
