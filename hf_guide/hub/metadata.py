@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from huggingface_hub import CardData, EvalResult, RepoCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 from huggingface_hub.utils import validate_repo_id
 
@@ -62,6 +64,7 @@ REPORTED_ARGUMENTS_IF_SET = (
 )
 """Training arguments that a record holds where they are set."""
 
+_BOOLEAN = "tag:yaml.org,2002:bool"
 _TEXT_KEYS = ("license", "license_name", "license_link", "language", "datasets", "tags", "base_model", "pipeline_tag")
 _TEACHER_KEYS = ("license", "license_name", "license_link", "language")
 _NON_RESULT_SUFFIXES = ("runtime", "per_second", "_time", "epoch", "step", "total_flos", "num_input_tokens_seen")
@@ -394,6 +397,17 @@ def _download_card(name: str, revision: str | None, token: str | bool | None) ->
 # The metadata of a card
 
 
+class _HubLoader(yaml.SafeLoader):
+    """Loader of the YAML 1.2 that the Hub reads, in which `no`, the code of Norwegian, is text and not a boolean."""
+
+
+_HubLoader.yaml_implicit_resolvers = {
+    character: [(tag, pattern) for tag, pattern in resolvers if tag != _BOOLEAN]
+    for character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_HubLoader.add_implicit_resolver(_BOOLEAN, re.compile("(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def read_card(path: Path) -> RepoCard | None:
     """Return the card in a file with its metadata unchanged, or None if there is no file.
 
@@ -405,6 +419,9 @@ def read_card(path: Path) -> RepoCard | None:
     try:
         text = path.read_bytes().decode("utf-8-sig")
         card = RepoCard(text if text.lstrip().startswith("---") else f"---\n{{}}\n---\n{text}")
+        block = REGEX_YAML_BLOCK.search(text)
+        if block is not None:
+            card.data = CardData(**(yaml.load(block[2], Loader=_HubLoader) or {}))
     except (UnicodeDecodeError, yaml.YAMLError, ValueError) as error:
         raise HfGuideError(
             f"The model card {path} cannot be read: {error}. Correct the metadata between the two lines of dashes, or "

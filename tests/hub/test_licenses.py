@@ -102,3 +102,12 @@ def test_a_list_of_one_license_is_that_license(tmp_path: Path) -> None:
     student = from_teacher(str(teacher), **SMALLER)
     card = ModelCard.load(write_model_card(tmp_path / "student", student.initialization_report))
     assert card.data.license == "mit" and "License: mit (the teacher's)." in card.text
+
+
+def test_norwegian_is_a_language(tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher", "language: no\n")
+    assert teacher_record(str(teacher)).languages == ["no"]
+    (teacher / "README.md").write_text("---\nlanguage: [en, no]\n---\n")
+    student = from_teacher(str(teacher), **SMALLER)
+    card = ModelCard.load(write_model_card(tmp_path / "student", student.initialization_report))
+    assert card.data.language == ["en", "no"]

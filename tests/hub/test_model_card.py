@@ -423,3 +423,15 @@ def test_a_blank_card_gives_way_to_that_of_the_hub(tmp_path, monkeypatch):
 )
 def test_only_ids_of_the_hub_count_as_base_models(teacher, revision, expected):
     assert teacher_repo_id(dataclasses.replace(REPORT, teacher=teacher, revision=revision)) == expected
+
+
+def test_words_of_a_card_that_yaml_once_read_as_booleans_stay_words(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(
+        "---\nlanguage: no\ntags: [on, off]\nwidget:\n- text: yes\ninference: false\nnew: TRUE\n---\n# Mine\n"
+    )
+    data = metadata(write_model_card(tmp_path, REPORT))
+    assert (data["language"], data["tags"][:2], data["widget"]) == ("no", ["on", "off"], [{"text": "yes"}])
+    assert data["inference"] is False and data["new"] is True
+    first = path.read_text()
+    assert write_model_card(tmp_path, REPORT).read_text() == first
