@@ -11,6 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+
 from hf_guide.errors import HfGuideError, TeacherError
 from hf_guide.models.code_references import (
     CONFIG_FILES,
@@ -24,12 +27,9 @@ from hf_guide.utils.public_names import public_name
 
 logger = logging.getLogger(__name__)
 
-PROCESSOR_CLASSES = {
-    "processor_config.json": "AutoProcessor",
-    "tokenizer_config.json": "AutoTokenizer",
-    "preprocessor_config.json": "AutoImageProcessor",
-}
-"""Config files of tokenizers and processors, with the Auto class that loads each."""
+_PROCESSOR = "processor_config.json"
+_TOKENIZER = "tokenizer_config.json"
+_PREPROCESSOR = "preprocessor_config.json"
 
 _EXECUTABLE_SUFFIXES = (".py", ".pyc", ".so", ".pkl", ".pickle", ".pt", ".pth", ".bin")
 
@@ -65,7 +65,7 @@ class SavedModel:
         return cls(
             config=config or {},
             code=local_code_references(config or {}, folder),
-            processor=next((name for file, name in PROCESSOR_CLASSES.items() if (folder / file).is_file()), None),
+            processor=_processor_class(folder, config or {}),
             adapter_base=_adapter_base(adapter) if adapter is not None and config is None else None,
             sentence_class=_sentence_class(folder),
         )
@@ -81,6 +81,23 @@ class SavedModel:
     def code_class(self) -> str | None:
         """The Auto class that loads a model with its own code; None for a stock model."""
         return next((name for name in self.code if name.startswith("AutoModel") and name.isidentifier()), None)
+
+
+def _processor_class(folder: Path, config: dict[str, Any]) -> str | None:
+    """Return the Auto class that loads all of a folder's tokenizer and processor; None if it has none."""
+    has_tokenizer, has_preprocessor = ((folder / name).is_file() for name in (_TOKENIZER, _PREPROCESSOR))
+    has_both = has_tokenizer and has_preprocessor and config.get("model_type") in PROCESSOR_MAPPING_NAMES
+    if (folder / _PROCESSOR).is_file() or has_both:
+        return "AutoProcessor"
+    if has_tokenizer:
+        return "AutoTokenizer"
+    return _preprocessor_class(_read_json(folder / _PREPROCESSOR) or {}, config) if has_preprocessor else None
+
+
+def _preprocessor_class(values: dict[str, Any], config: dict[str, Any]) -> str:
+    """Return the Auto class of a preprocessor_config.json: sounds have a feature extractor, as images had once."""
+    of_sounds = "feature_extractor_type" in values and config.get("model_type") not in IMAGE_PROCESSOR_MAPPING_NAMES
+    return "AutoFeatureExtractor" if of_sounds else "AutoImageProcessor"
 
 
 def _sentence_class(folder: Path) -> str | None:
@@ -169,7 +186,13 @@ def _save_with_code(teacher: str, folder: Path, names: list[str], hub_kwargs: di
     """Save the tokenizers and processors of these config files by their own classes, which also saves their code."""
     import transformers
 
-    for name, auto_class in PROCESSOR_CLASSES.items():
+    preprocessor, config = (_read_json(folder / name) or {} for name in (_PREPROCESSOR, "config.json"))
+    auto_classes = {
+        _PROCESSOR: "AutoProcessor",
+        _TOKENIZER: "AutoTokenizer",
+        _PREPROCESSOR: _preprocessor_class(preprocessor, config),
+    }
+    for name, auto_class in auto_classes.items():
         if name in names:
             getattr(transformers, auto_class).from_pretrained(teacher, **hub_kwargs).save_pretrained(folder)
 
