@@ -7,6 +7,7 @@ only that section and our keys of the metadata. Does not: change other text of t
 import contextlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -74,7 +75,7 @@ def write_model_card(
         folder: Folder of the saved student.
         report: How it was initialized; by default `initialization_report.json` of the folder, if there is one.
         record: How it was trained; by default `distillation.json` of the folder, if there is one.
-        model_id: Hub id of the student; by default the card's title if that is an id, otherwise the folder's name.
+        model_id: Hub id of the student; by default the one in our section of the card, otherwise the folder's name.
         license: License identifier of the Hub, such as "apache-2.0"; by default the card's, otherwise the teacher's.
         language: Language codes such as "en"; by default the card's, the record's, otherwise the teacher's.
         datasets: Ids of training datasets in addition to the record's.
@@ -105,7 +106,7 @@ def write_model_card(
     data = card.data if card is not None else CardData()
     if is_default_template(card):
         card = None
-    model_id = model_id or _repo_id_from_title(card) or folder.resolve().name
+    model_id = model_id or _recorded_repo_id(card) or folder.resolve().name
     sources = source_models(report, record, look_up=not (license or data.get("license")), token=token)
     teachers = (record.teachers if record is not None else []) or sources[:1]
     saved = SavedModel.read(folder)
@@ -334,11 +335,11 @@ def _default_tags(report: InitializationReport | None, record: DistillationRecor
     return [*tags, "distillation"] if record is not None else tags
 
 
-def _repo_id_from_title(card: RepoCard | None) -> str | None:
-    """Return the first heading of a card if it is a Hub id."""
-    lines = card.text.splitlines() if card is not None else []
-    title = next((line[2:].strip() for line in lines if line.startswith("# ")), None)
-    return to_repo_id(title, None) if title is not None else None
+def _recorded_repo_id(card: RepoCard | None) -> str | None:
+    """Return the Hub id in our section of a card, which is the first string of its code; None for a folder's name."""
+    section = card.text.partition(BEGIN)[2].partition(END)[0] if card is not None else ""
+    name = re.match(r'[^"`]*"([^"\\]+)"', section.partition("```python")[2])
+    return to_repo_id(name[1], None) if name is not None else None
 
 
 # The text

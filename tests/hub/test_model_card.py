@@ -435,3 +435,31 @@ def test_words_of_a_card_that_yaml_once_read_as_booleans_stay_words(tmp_path):
     assert data["inference"] is False and data["new"] is True
     first = path.read_text()
     assert write_model_card(tmp_path, REPORT).read_text() == first
+
+
+@pytest.mark.parametrize("model_id", ["me/my_student", "me/student"])
+@pytest.mark.parametrize("title", ["", "# s1\n", "# TCP/IP\n"])
+def test_an_id_stays_whatever_the_title_is(tmp_path, title, model_id):
+    (tmp_path / "README.md").write_text(title)
+    write_model_card(tmp_path, REPORT, model_id=model_id)
+    assert f'from_pretrained("{model_id}")' in body(write_model_card(tmp_path, REPORT))
+
+
+def test_a_title_is_no_id(tmp_path):
+    (tmp_path / "README.md").write_text("# TCP/IP\n\nMine.\n")
+    assert f'from_pretrained("{tmp_path.name}")' in body(write_model_card(tmp_path, REPORT))
+    assert f'from_pretrained("{tmp_path.name}")' in body(write_model_card(tmp_path, REPORT))
+
+
+def test_the_name_of_a_folder_is_that_of_the_folder_as_it_is(tmp_path):
+    write_model_card(tmp_path / "before", REPORT)
+    (tmp_path / "before").rename(tmp_path / "after")
+    assert 'from_pretrained("after")' in body(write_model_card(tmp_path / "after", REPORT))
+
+
+@pytest.mark.parametrize("files", [{"modules.json": "[]"}, {"adapter_config.json": "{}"}])
+def test_the_id_is_kept_in_every_kind_of_code(tmp_path, files):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    first = body(write_model_card(tmp_path, REPORT, model_id="me/my_student"))
+    assert body(write_model_card(tmp_path, REPORT)) == first and '"me/my_student")' in first
