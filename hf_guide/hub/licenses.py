@@ -5,11 +5,14 @@ Does not: read their cards (`metadata.py`), or draw the student's (`model_card.p
 """
 
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import CardData
 
-from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, as_list, teacher_record
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, as_list, teacher_record, to_repo_id
 from hf_guide.initialization.report import InitializationReport
+
+_LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
 def source_models(
@@ -49,20 +52,54 @@ def _is_among(teachers: list[TeacherRecord], name: str, fingerprint: str | None)
     return any(each.name == name and (fingerprint is None or each.fingerprint in known) for each in teachers)
 
 
-def inherited_license(sources: list[TeacherRecord]) -> dict[str, Any]:
+def set_license(data: CardData, license: str | None, sources: list[TeacherRecord]) -> None:
+    """Set the license of a card's metadata: the chosen one, or the card's own, or that of all sources.
+
+    The name and the link of a license belong to it: they are replaced with it.
+    """
+    if data.get("license") and license in (None, "", data["license"]):
+        return
+    values = {"license": license} if license else _inherited_license(sources)
+    if values:
+        for key in _LICENSE_KEYS:
+            data.pop(key)
+        for key, value in values.items():
+            data[key] = value
+
+
+def _inherited_license(sources: list[TeacherRecord]) -> dict[str, Any]:
     """Return the license of the models that a student was made from, if they all have the same single one."""
     if not sources or not all(isinstance(each.license, str) for each in sources):
         return {}
     (first, *others) = sources
     if any((each.license, each.license_name) != (first.license, first.license_name) for each in others):
         return {}
-    return {"license": first.license, "license_name": first.license_name, "license_link": first.license_link}
+    links = [link for each in sources if (link := _absolute_link(each)) is not None]
+    values = {"license": first.license, "license_name": first.license_name, "license_link": next(iter(links), None)}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _absolute_link(teacher: TeacherRecord) -> str | None:
+    """Return the link to a teacher's license: a path in its repository becomes a URL, one in a folder None."""
+    link, repo_id = teacher.license_link, to_repo_id(teacher.name, teacher.revision)
+    if link is None or "://" in link:
+        return link
+    path = quote(link.removeprefix("./"))
+    return (
+        f"https://huggingface.co/{repo_id}/blob/{teacher.revision or 'main'}/{path}" if repo_id is not None else None
+    )
 
 
 def is_inherited(data: CardData, sources: list[TeacherRecord]) -> bool:
     """Return whether the license in a card's metadata is that of every model that the student was made from."""
-    chosen = as_list(data.get("license"))
-    return bool(chosen) and bool(sources) and all(as_list(each.license) == chosen for each in sources)
+    chosen, name = as_list(data.get("license")), data.get("license_name")
+    same = [as_list(each.license) == chosen and each.license_name == name for each in sources]
+    return bool(chosen) and bool(same) and all(same)
+
+
+def license_names(license: Any, license_name: str | None) -> list[str]:
+    """Return the names of licenses: that of `other`, which only refers to one, is in a key of its own."""
+    return [license_name if each == "other" and license_name else str(each) for each in as_list(license)]
 
 
 def source_languages(sources: list[TeacherRecord]) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from hf_guide.errors import HfGuideError
-from hf_guide.hub.licenses import inherited_license, is_inherited, source_languages, source_models
+from hf_guide.hub.licenses import is_inherited, license_names, set_license, source_languages, source_models
 from hf_guide.hub.metadata import (
     CARD_NAME,
     LIBRARY_TAG,
@@ -116,7 +116,7 @@ def write_model_card(
     merge_metadata(
         data,
         updates={"base_model": _base_models(report, teachers, saved.adapter_base)}
-        | _explicit_metadata(license, language),
+        | {"language": language if language is None or isinstance(language, str) else [*language]},
         appended={
             "datasets": [*(record.datasets if record is not None else []), *(datasets or [])],
             "tags": [*_default_tags(report, record), *SENTENCE_TAGS.get(saved.sentence_class, []), *(tags or [])],
@@ -127,9 +127,9 @@ def write_model_card(
             or (record.task if record is not None else None)
             or pipeline_tag(student_class),
             "language": (record.languages if record is not None else []) or source_languages(sources),
-        }
-        | inherited_license(sources),
+        },
     )
+    set_license(data, license, sources)
     all_results = merge_results(data, [*record_results, *(results or [])], model_id)
     rows = result_rows(record) if record is not None else []
     rows += [_metric_row(result) for result in all_results if result not in record_results]
@@ -178,11 +178,14 @@ def _license_values(data: CardData, sources: list[TeacherRecord]) -> dict[str, A
     inherited = is_inherited(data, sources)
     known = any(source.license for source in sources)
     named = [
-        (_markdown_link(each.name, to_repo_id(each.name, each.revision)), " and ".join(as_list(each.license)))
+        (
+            _markdown_link(each.name, to_repo_id(each.name, each.revision)),
+            " and ".join(license_names(each.license, each.license_name)),
+        )
         for each in sources
     ]
     return {
-        "license": ", ".join(map(str, as_list(data.get("license")))),
+        "license": ", ".join(license_names(data.get("license"), data.get("license_name"))),
         "inherited": inherited,
         "source_licenses": named if known and not inherited else [],
         "several_sources": len(sources) > 1,
@@ -322,10 +325,6 @@ def _library_name(saved: SavedModel) -> str:
     if saved.adapter_base is not None:
         return "peft"
     return "transformers" if saved.sentence_class is None else "sentence-transformers"
-
-
-def _explicit_metadata(license: str | None, language: str | Sequence[str] | None) -> dict[str, Any]:
-    return {"license": license, "language": language if language is None or isinstance(language, str) else [*language]}
 
 
 def _default_tags(report: InitializationReport | None, record: DistillationRecord | None) -> list[str]:

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_guide import DistillationTrainer, from_teacher
 from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, load_record, teacher_record
-from hf_guide.hub.model_card import write_model_card
+from hf_guide.hub.model_card import redraw_card, write_model_card
 from tests.distillation.small import collate, examples_for, llama
 from tests.distillation.test_trainer import arguments
 
@@ -111,3 +111,44 @@ def test_norwegian_is_a_language(tmp_path: Path) -> None:
     student = from_teacher(str(teacher), **SMALLER)
     card = ModelCard.load(write_model_card(tmp_path / "student", student.initialization_report))
     assert card.data.language == ["en", "no"]
+
+
+LINKS = {
+    "LICENSE": "https://huggingface.co/org/big/blob/main/LICENSE",
+    "./LICENSE.md": "https://huggingface.co/org/big/blob/main/LICENSE.md",
+    "https://example.org/a": "https://example.org/a",
+}
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_a_link_to_a_teachers_license_leads_to_its_repository(tmp_path: Path, link: str) -> None:
+    teacher = TeacherRecord("org/big", license="other", license_name="big", license_link=link)
+    card = ModelCard.load(write_model_card(tmp_path, record=DistillationRecord(teachers=[teacher], steps=1)))
+    assert card.data.to_dict()["license_link"] == LINKS[link] and "License: big (the teacher's)." in card.text
+
+
+def test_a_link_leads_to_the_revision_of_the_teacher(tmp_path: Path) -> None:
+    teacher = TeacherRecord("org/big", "f00d", license="other", license_name="big", license_link="LICENSE")
+    card = ModelCard.load(write_model_card(tmp_path, record=DistillationRecord(teachers=[teacher], steps=1)))
+    assert card.data.to_dict()["license_link"] == "https://huggingface.co/org/big/blob/f00d/LICENSE"
+
+
+def test_another_license_comes_without_the_name_of_the_former(tmp_path: Path) -> None:
+    teacher = save_teacher(
+        tmp_path / "teacher", "license: other\nlicense_name: big\nlicense_link: https://example.org/a\n"
+    )
+    student = from_teacher(str(teacher), **SMALLER)
+    student.save_pretrained(tmp_path / "student")
+    first = ModelCard.load(write_model_card(tmp_path / "student", student.initialization_report)).data.to_dict()
+    assert (first["license_name"], first["license_link"]) == ("big", "https://example.org/a")
+    assert ModelCard.load(redraw_card(tmp_path / "student", license="other")).data.to_dict() == first
+    data = ModelCard.load(redraw_card(tmp_path / "student", license="mit")).data.to_dict()
+    assert data["license"] == "mit" and not {"license_name", "license_link"} & data.keys()
+
+
+def test_a_license_of_ones_own_does_not_get_the_name_of_the_teachers(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    teacher = TeacherRecord("org/big", license="other", license_name="big", license_link="LICENSE")
+    card = ModelCard.load(write_model_card(tmp_path, record=DistillationRecord(teachers=[teacher], steps=1)))
+    assert card.data.license == "mit" and "license_name" not in card.data.to_dict()
+    assert "License: mit. Licenses of the models" in card.text and "/org/big): big." in card.text

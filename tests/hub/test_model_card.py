@@ -303,7 +303,9 @@ def test_the_licence_is_that_of_the_teachers_card(tmp_path):
     )
     path = write_model_card(tmp_path / "student", dataclasses.replace(REPORT, teacher=str(teacher)))
     data = metadata(path)
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "big", "LICENSE")
+    assert (data["license"], data["license_name"]) == ("other", "big")
+    assert "license_link" not in data, "the file is not in the student's folder"
+    assert "License: big (the teacher's)." in body(path)
     assert data["language"] == ["en", "de"] and data["tags"] == ["hf_guide", "guide"]
     (teacher / "README.md").unlink()
     write_model_card(tmp_path / "student", dataclasses.replace(REPORT, teacher=str(teacher)))
