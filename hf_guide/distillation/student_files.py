@@ -143,12 +143,11 @@ class StudentFilesTrainer(StepCheckedTrainer):
         )
         save_record(folder, record)
         attach_record(self.unwrapped_student, record)
-        saved = (
-            folder / REPORT_NAME
-        ).is_file()  # an adapter's folder has none; the file has no path to the teacher's card
+        # An adapter's folder has no report; the file's own has no path to the teacher's card.
+        has_report = (folder / REPORT_NAME).is_file()
         write_model_card(
             folder,
-            getattr(self.unwrapped_student, "initialization_report", None) if saved else None,
+            getattr(self.unwrapped_student, "initialization_report", None) if has_report else None,
             model_id=self.hub_model_id or model_name,
             license=license,
             language=language,

@@ -6,6 +6,7 @@ only that section and our keys of the metadata. Does not: change other text of t
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -35,7 +36,7 @@ from hf_guide.hub.metadata import (
     to_eval_results,
     to_repo_id,
 )
-from hf_guide.hub.saved_model import SavedModel
+from hf_guide.hub.saved_model import SavedModel, stored_sizes
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count, format_ranges
 from hf_guide.tasks import SENTENCE_PIPELINE_TAGS, SENTENCE_TAGS, pipeline_tag, task_of_class_name
 from hf_guide.utils.escaping import escape_markdown, markdown_code, to_single_line
@@ -141,6 +142,7 @@ def write_model_card(
         results=_results_table(rows),
         **_license_values(data, sources),
         **_report_and_record_values(report, record, teachers, draw_plots(report, record, folder)),
+        student_size=_format_student_size(report, record, folder),
         **_saved_model_values(saved, student_class, record),
         **_FILTERS,
     )
@@ -163,7 +165,6 @@ def _report_and_record_values(
     return {
         "report": report,
         "record": record,
-        "student_size": _format_student_size(report, record),
         "teacher_size": format_count(report.first_teacher[2]) if report is not None else None,
         "teacher": _markdown_link(report.first_teacher[0], teacher_repo_id(report)) if report is not None else None,
         "stages": _stages_table(report, record) if report is not None and report.lineage else [],
@@ -377,11 +378,16 @@ def _auto_class_suffix(student_class: str) -> str:
     return suffix if suffix in _PEFT_AUTO_CLASSES else ""
 
 
-def _format_student_size(report: InitializationReport | None, record: DistillationRecord | None) -> str | None:
-    count = (
-        report.student_parameters if report is not None else record.student_parameters if record is not None else None
-    )
-    return format_count(count) if count else None
+def _format_student_size(
+    report: InitializationReport | None, record: DistillationRecord | None, folder: Path
+) -> str | None:
+    """Return the number of parameters, those of which the saved weights have another size than the report counted anew."""
+    if report is None:
+        return format_count(record.student_parameters) if record is not None and record.student_parameters else None
+    saved = stored_sizes(folder)
+    initialized = {each.name: math.prod(each.shape) for each in report.parameters}
+    change = sum(saved[name] - size for name, size in initialized.items() if name in saved)
+    return format_count(report.student_parameters + change) if report.student_parameters else None
 
 
 def _markdown_link(name: str, repo_id: str | None) -> str:

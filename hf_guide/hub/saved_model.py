@@ -1,7 +1,7 @@
 """The folder of a saved student: the class that loads it, and the tokenizer or processor that it shares with its teacher.
 
 Does: read a folder's configs; copy and check the teacher's tokenizer and processor files.
-Does not: read or write weights.
+Does not: write weights, or read more of them than their sizes.
 """
 
 import json
@@ -23,6 +23,7 @@ from hf_guide.models.code_references import (
 )
 from hf_guide.models.model_files import PROCESSOR_FILES, check_model_folder, regular_files
 from hf_guide.models.sentence_files import MODEL_CONFIG_NAME, MODULES_NAME
+from hf_guide.teachers.shards import find_safetensors, read_headers
 from hf_guide.utils.public_names import public_name
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,22 @@ class SavedModel:
     def code_class(self) -> str | None:
         """The Auto class that loads a model with its own code; None for a stock model."""
         return next((name for name in self.code if name.startswith("AutoModel") and name.isidentifier()), None)
+
+
+def stored_sizes(folder: Path) -> dict[str, int]:
+    """Return the number of values of each floating-point tensor in a folder's weights.
+
+    Empty where there are no weights, or only a pointer to them, as in a repository that was cloned without large files.
+    """
+    try:
+        files = find_safetensors(str(folder), {}) if folder.is_dir() else None
+        tensors = read_headers(files or [])
+    except TeacherError as error:
+        logger.info("The sizes of the student's parameters are not read: %s", error)
+        return {}
+    return {
+        each.key: each.shape.numel() for each in tensors if each.dtype is not None and each.dtype.is_floating_point
+    }
 
 
 def _processor_class(folder: Path, config: dict[str, Any]) -> str | None:

@@ -19,7 +19,7 @@ from hf_guide import FromTeacherMixin, InitializationReport, OptionError, from_t
 from hf_guide.hub.metadata import RECORD_NAME, DistillationRecord, load_record
 from hf_guide.hub.model_card import PLOT_NAME, write_model_card
 from hf_guide.hub.push import attach_record, attach_report
-from hf_guide.initialization.report import REPORT_NAME
+from hf_guide.initialization.report import REPORT_NAME, format_count
 from tests.fake_hub import FakeHub, fake_hub
 from tests.tiny import KINDS, Kind, inputs, logits, run_python, same_bits
 
@@ -437,3 +437,25 @@ def test_a_card_claims_nothing_of_training_that_is_not_recorded(tmp_path: Path) 
     text = write_model_card(tmp_path / "last", last.initialization_report).read_text()
     rows = [line for line in text.splitlines() if line.startswith(("| 1 |", "| 2 |"))]
     assert len(rows) == 2 and all(row.endswith("| not recorded |") for row in rows)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("max_shard_size", ["50GB", "10KB"])
+def test_a_card_counts_the_parameters_that_were_saved(tmp_path: Path, tied: bool, max_shard_size: str) -> None:
+    config = copy.deepcopy(LLAMA.teacher().config)
+    config.tie_word_embeddings = tied
+    student = from_teacher(LlamaForCausalLM(config), show_progress=False, **LLAMA.smaller)
+    before = student.num_parameters()
+    student.resize_token_embeddings(student.config.vocab_size + 1000, mean_resizing=False)
+    student.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    text = write_model_card(tmp_path).read_text()
+    assert format_count(student.num_parameters()) != format_count(before)
+    assert f"A `LlamaForCausalLM` with {format_count(student.num_parameters())} parameters" in text
+
+
+def test_the_card_of_weights_that_are_not_there_counts_those_of_the_report(tmp_path: Path) -> None:
+    student = llama_student()
+    student.save_pretrained(tmp_path)
+    first = write_model_card(tmp_path).read_text()
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert write_model_card(tmp_path).read_text() == first
