@@ -22,7 +22,7 @@ from hf_guide.calibration.data import (
 from hf_guide.calibration.forward import running_device
 from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.modules import ModuleMap, find_modules, linear_weight
-from hf_guide.calibration.resume import CalibrationCheckpoint, describe_data, load_text
+from hf_guide.calibration.resume import CalibrationCheckpoint, data_fingerprint, describe_data, load_text
 from hf_guide.calibration.self_generation import generate_calibration_text
 from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.calibration.statistics import ActivationStatistics, collect_statistics, mlp_width
@@ -32,7 +32,13 @@ from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.layouts.registry import Layout
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.teachers.quantized import is_quantized
-from hf_guide.utils.distributed import default_device, local_shard, rank_and_world_size
+from hf_guide.utils.distributed import (
+    all_gather_values,
+    default_device,
+    local_shard,
+    raise_on_all_ranks,
+    rank_and_world_size,
+)
 
 
 @dataclass
@@ -96,7 +102,8 @@ def collect_calibration(
         **hub: Keywords of `from_pretrained` for the teacher's tokenizer.
 
     Raises:
-        OptionError: The dataset makes no batches, or fewer than there are processes; the folder is of another call.
+        OptionError: The dataset makes no batches, or fewer than there are processes, or is not the same in all of them; the
+            folder is of another call.
         TeacherError: Activations are not finite.
     """
     started = time.perf_counter()
@@ -113,7 +120,11 @@ def collect_calibration(
                     model, teacher, config, num_tokens=num_tokens, student=student, show_progress=show_progress
                 )
         dataset = [{"input_ids": rows} for rows in text.split(config.calibration_batch_size)]
-    batches = load_calibration_batches(dataset, model, teacher, config, num_tokens=num_tokens, student=student, **hub)
+    with raise_on_all_ranks(OptionError):
+        batches = load_calibration_batches(
+            dataset, model, teacher, config, num_tokens=num_tokens, student=student, **hub
+        )
+    _check_same_data(batches)
     _check_enough_batches(batches)
     checkpoint = None
     if calibration_cache_dir is not None:
@@ -137,6 +148,21 @@ def collect_calibration(
     )
     seconds = time.perf_counter() - started
     return CalibrationResult(sequential, statistics, seconds, text is not None, count_contexts(batches), checkpoint)
+
+
+def _check_same_data(batches: list[Batch]) -> None:
+    """Check that all processes read the same data: each runs every n-th batch, and would skip the rest of its own."""
+    if rank_and_world_size()[1] == 1:
+        return
+    everyone = all_gather_values((len(batches), data_fingerprint(batches)))
+    rank = next((rank for rank, each in enumerate(everyone) if each != everyone[0]), None)
+    if rank is not None:
+        first, other = everyone[0][0], everyone[rank][0]
+        raise OptionError(
+            f"calibration_dataset is not the same in all processes: it makes {first} batches in rank 0 and {other} "
+            f"{'others ' if first == other else ''}in rank {rank}. Pass the whole dataset in each process, which reads its "
+            "own share of it. If it is shuffled or transformed at random, set the same seed in all processes."
+        )
 
 
 def _check_enough_batches(batches: list[Batch]) -> None:

@@ -67,18 +67,24 @@ def describe_call(
 
 def describe_data(teacher: TeacherCheckpoint, batches: Sequence[Batch]) -> dict[str, Any]:
     """Return what the statistics depend on in addition: the teacher's weights, the data, and the number of processes."""
-    data, weights = blake2b(digest_size=16), teacher.weights
-    for batch in batches:
-        for name, tensor in sorted(batch.items()):
-            data.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            data.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    weights = teacher.weights
     return {
         "teacher_weights": tensors_fingerprint((name, weights.get(name)) for name in sorted(weights.keys())),
-        "calibration_data": data.hexdigest(),
+        "calibration_data": data_fingerprint(batches),
         "batches": len(batches),
         "processes": rank_and_world_size()[1],
         "hf_guide_version": __version__,
     }
+
+
+def data_fingerprint(batches: Sequence[Batch]) -> str:
+    """Return a hash of all values of all batches, in their order."""
+    digest = blake2b(digest_size=16)
+    for batch in batches:
+        for name, tensor in sorted(batch.items()):
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass

@@ -1,19 +1,17 @@
 """`fit_subclasses`: fit a projector to a teacher and a dataset, in one pass over the data."""
 
-import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_guide.errors import CaptureError, HfGuideError, OptionError, SubclassError
+from hf_guide.errors import CaptureError, OptionError, SubclassError
 from hf_guide.lelp.accumulator import StatisticsAccumulator
 from hf_guide.lelp.classifier_recovery import StreamingLeastSquares
 from hf_guide.lelp.data import (
@@ -44,7 +42,7 @@ from hf_guide.tasks import task_of
 from hf_guide.teachers.forward import TeacherRunner
 from hf_guide.teachers.loading import is_loaded, load_teacher
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
-from hf_guide.utils.distributed import rank_and_world_size, report_missing_ranks
+from hf_guide.utils.distributed import raise_on_all_ranks
 from hf_guide.utils.fingerprint import weights_fingerprint
 from hf_guide.validation import check_integer
 
@@ -190,7 +188,7 @@ def _accumulate(
     """
     moments = statistics.moments
     regression = StreamingLeastSquares(moments.num_classes, moments.width) if weight is None else None
-    with _share_errors():
+    with raise_on_all_ranks(SubclassError):
         for number, chunk in enumerate(chunks):
             if number == 0 and weight is not None and model is not None:
                 check_linear_classifier(weight, chunk, model)
@@ -297,25 +295,6 @@ def _cache_features(
         config=config,
         show_progress=show,
     )
-
-
-@contextlib.contextmanager
-def _share_errors() -> Iterator[None]:
-    """Raise an error of one process on all of them, before they wait for each other."""
-    failure: HfGuideError | None = None
-    try:
-        yield
-    except HfGuideError as error:
-        failure = error
-    if rank_and_world_size()[1] > 1:
-        gathered: list[str | None] = [None] * rank_and_world_size()[1]
-        with report_missing_ranks():
-            dist.all_gather_object(gathered, None if failure is None else str(failure))
-        messages = [(rank, message) for rank, message in enumerate(gathered) if message is not None]
-        if failure is None and messages:
-            raise SubclassError(f"Process {messages[0][0]} failed: {messages[0][1]}")
-    if failure is not None:
-        raise failure
 
 
 def _label_name(names: Mapping[Any, str], number: int) -> str:

@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, distributed
 
-from hf_guide.errors import MissingRankError
+from hf_guide.errors import HfGuideError, MissingRankError
 
 T = TypeVar("T")
 
@@ -58,6 +58,33 @@ def all_reduce_scalar(number: float) -> float:
     total = torch.tensor(float(number), dtype=torch.float64)
     all_reduce_sum_([total])
     return total.item()
+
+
+def all_gather_values(value: T) -> list[T]:
+    """Return what each rank passes, in the order of the ranks; it is pickled, so it should be small."""
+    size = rank_and_world_size()[1]
+    if size == 1:
+        return [value]
+    gathered: list[Any] = [None] * size
+    with report_missing_ranks():
+        distributed.all_gather_object(gathered, value)
+    return gathered
+
+
+@contextlib.contextmanager
+def raise_on_all_ranks(error_class: type[HfGuideError]) -> Iterator[None]:
+    """Raise an error of one rank in all of them, where they would otherwise wait for it; the others name the rank."""
+    failure: HfGuideError | None = None
+    try:
+        yield
+    except HfGuideError as error:
+        failure = error
+    messages = all_gather_values(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for rank, message in enumerate(messages):
+        if message is not None:
+            raise error_class(f"Process {rank} failed: {message}")
 
 
 def barrier() -> None:

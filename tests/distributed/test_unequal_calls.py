@@ -1,0 +1,35 @@
+"""Processes that do not make the same call end with the same error, and do not wait for each other or mix their sums."""
+
+from typing import Any
+
+import pytest
+
+from tests.distributed.launch import run_processes
+
+DATA = {
+    "fewer": [{"batches": 8}, {"batches": 5}],
+    "shards": [{"start": 0}, {"start": 8}],
+    "empty": [{}, {"batches": 0}],
+    "same": [{}, {}],
+}
+
+
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    return run_processes("unequal_calls.py", 2, {"calls": DATA}, tmp_path_factory.mktemp("calls"))["errors"]
+
+
+def test_other_data_in_each_process_are_an_error_in_all(errors: dict[str, list[Any]]) -> None:
+    for name, found in (("fewer", "8 batches in rank 0 and 5 in rank 1"), ("shards", "rank 0 and 8 others in rank 1")):
+        first, second = errors[name]
+        assert first == second and first.startswith(
+            "OptionError: calibration_dataset is not the same in all processes"
+        )
+        assert found in first and "Pass the whole dataset in each process" in first
+    assert errors["same"] == [None, None]
+
+
+def test_an_error_in_the_data_of_one_process_is_one_in_all(errors: dict[str, list[Any]]) -> None:
+    others, own = errors["empty"]
+    assert own.startswith("OptionError: calibration_dataset is empty")
+    assert others == f"OptionError: Process 1 failed: {own.removeprefix('OptionError: ')}"
