@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.calibration.batches import Batch, count_contexts, count_tokens
 from hf_guide.calibration.block_weights import BlockWeights, model_without_weights
-from hf_guide.calibration.config import CalibratedConfig, Refit
+from hf_guide.calibration.config import SELF_GENERATED, CalibratedConfig, Refit
 from hf_guide.calibration.data import (
     default_num_tokens,
     is_self_generated,
@@ -39,6 +39,7 @@ from hf_guide.utils.distributed import (
     raise_on_all_ranks,
     rank_and_world_size,
 )
+from hf_guide.utils.resumable import differences
 
 
 @dataclass
@@ -102,11 +103,12 @@ def collect_calibration(
         **hub: Keywords of `from_pretrained` for the teacher's tokenizer.
 
     Raises:
-        OptionError: The dataset makes no batches, or fewer than there are processes, or is not the same in all of them; the
-            folder is of another call.
+        OptionError: The dataset makes no batches, or fewer than there are processes; the dataset or the call is not the same
+            in all of them; the folder is of another call.
         TeacherError: Activations are not finite.
     """
     started = time.perf_counter()
+    _check_same_call(dataset, calibration_cache_dir, call or {})
     layout = layout_for(teacher.config, teacher.model_class)
     model, weights = running_teacher(source, teacher, layout)
     modules = find_modules(model, layout)
@@ -148,6 +150,22 @@ def collect_calibration(
     )
     seconds = time.perf_counter() - started
     return CalibrationResult(sequential, statistics, seconds, text is not None, count_contexts(batches), checkpoint)
+
+
+def _check_same_call(dataset: Any, calibration_cache_dir: Path | None, call: Mapping[str, Any]) -> None:
+    """Check that all processes make the same student, in the same steps: otherwise they would sum tensors of other shapes."""
+    steps = {
+        "calibration_dataset": SELF_GENERATED if is_self_generated(dataset) else "data",
+        "calibration_cache_dir": "None" if calibration_cache_dir is None else "a folder",
+    }
+    everyone = all_gather_values({**call, **steps})
+    for rank, other in enumerate(everyone):
+        differing = differences(everyone[0], other, "in rank 0", f"in rank {rank}")
+        if differing:
+            raise OptionError(
+                f"The processes do not make the same call: {'; '.join(differing)}. Pass the same teacher, config and options "
+                "in all of them; each processes its own share of the calibration dataset, and all get the same student."
+            )
 
 
 def _check_same_data(batches: list[Batch]) -> None:

@@ -102,8 +102,16 @@ def resumable_write(path: Path, error: type[Exception]) -> Iterator[None]:
         ) from cause
 
 
-def differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> list[str]:
+def differences(
+    recorded: Mapping[str, Any], requested: Mapping[str, Any], there: str = "there", here: str = "here"
+) -> list[str]:
     """Return one clause for each entry that differs, nested mappings entry by entry.
+
+    Args:
+        recorded: One mapping.
+        requested: The other.
+        there: Where the first one is, in the clauses.
+        here: Where the second one is.
 
     Example:
         >>> differences({"top_k": 8, "config": {"hidden_size": 4}}, {"top_k": 9, "config": {"hidden_size": 6}})
@@ -111,11 +119,11 @@ def differences(recorded: Mapping[str, Any], requested: Mapping[str, Any]) -> li
     """
     clauses = []
     for name in dict.fromkeys([*recorded, *requested]):
-        there, here = recorded.get(name), requested.get(name)
-        if isinstance(there, Mapping) and isinstance(here, Mapping):
-            clauses += [f"{name}.{clause}" for clause in differences(there, here)]
-        elif there != here:
-            clauses.append(f"{name} is {_short_repr(there)} there and {_short_repr(here)} here")
+        first, second = recorded.get(name), requested.get(name)
+        if isinstance(first, Mapping) and isinstance(second, Mapping):
+            clauses += [f"{name}.{clause}" for clause in differences(first, second, there, here)]
+        elif first != second:
+            clauses.append(f"{name} is {_short_repr(first)} {there} and {_short_repr(second)} {here}")
     return clauses
 
 

@@ -1,7 +1,7 @@
 """Call `from_teacher` in a world of processes that do not pass the same; rank 0 writes the errors of all.
 
-`calls` has for each name what each rank passes besides the teacher: how many `batches` of data, from which on (`start`),
-options of the `method`, and fields of the student's config.
+`calls` has for each name what each rank passes besides the teacher: how many `batches` of data (or "self_generated"), from
+which on (`start`), options of the `method`, and fields of the student's config.
 """
 
 import json
@@ -22,7 +22,8 @@ teacher = KINDS["llama"].teacher().double()
 errors: dict[str, Any] = {}
 for name, of_ranks in params["calls"].items():
     found, own = None, {"batches": 8, "start": 0, "method": {}, **of_ranks[rank]}
-    dataset = token_batches(16)[own.pop("start") :][: own.pop("batches")]
+    start, count = own.pop("start"), own.pop("batches")
+    dataset = count if count == "self_generated" else token_batches(16)[start:][:count]
     method = {"method": "calibrated", **own.pop("method")}
     try:
         from_teacher(teacher, method=method, calibration_dataset=dataset, show_progress=False, **{**SMALLER, **own})
