@@ -122,10 +122,10 @@ def _saved_report(student: PreTrainedModel, token: str | bool | None) -> Initial
 
 
 def _takes_rows(dataset: Any, data_collator: Any) -> bool:
-    """Whether a dataset's rows themselves are calibration data: of one kind of inputs, and images only without a collator."""
+    """Whether a dataset's rows themselves are calibration data: with a collator only token ids, which it may mask."""
     first = None if dataset is None else next(iter(dataset), None)
     inputs = [name for name in _CALIBRATION_INPUTS if name in first] if isinstance(first, Mapping) else []
-    return bool(inputs) and (data_collator is None or (len(inputs) == 1 and inputs != ["pixel_values"]))
+    return bool(inputs) and (data_collator is None or inputs == ["input_ids"])
 
 
 def validate_student(model: Any) -> None:

@@ -11,9 +11,11 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_guide import DistillationArguments, DistillationTrainer
+from hf_guide.data.speech import SpeechCollator
 from hf_guide.errors import OptionError
 from hf_guide.hub.metadata import load_record
 from tests.distillation.small import TASKS, collate, copy_of, examples_for, llama, model_for
+from tests.small_speech import PITCHES, RATE, ctc_model, ctc_processor, tone
 
 OBJECTIVES = {
     "kd": {"ce": 0.3, "kd": 0.7},
@@ -378,3 +380,25 @@ def test_a_calibrated_student_is_made_with_what_it_is_trained_on(tmp_path: Path)
     # Where there is nothing to train on, an error names what is missing.
     with pytest.raises(OptionError, match="no calibration_dataset was given"):
         DistillationTrainer(asked, options, collate, eval_dataset=examples, **teacher)
+
+
+def test_a_calibrated_student_of_sounds_is_made_with_batches_of_the_collator(tmp_path: Path) -> None:
+    """Clips differ in length, and their feature extractor pads them."""
+    processor = ctc_processor(tmp_path / "processor")
+    teacher = ctc_model(processor)
+    clips = [tone(name, seconds=0.4 + 0.1 * index, seed=index) for index, name in enumerate(PITCHES)]
+    extractor, labels = processor.feature_extractor, processor.tokenizer("low").input_ids
+    examples = [
+        {"input_values": extractor(clip, sampling_rate=RATE)["input_values"][0], "labels": labels} for clip in clips
+    ]
+    seen: list[int] = []
+
+    def collate_clips(batch: Any) -> Any:
+        seen.append(len(batch))
+        return SpeechCollator(extractor)(batch)
+
+    asked = {"method": {"method": "calibrated", "refit": "none"}, "num_hidden_layers": 1}
+    trainer = DistillationTrainer(asked, arguments(tmp_path, losses="kd"), collate_clips, examples, teacher=teacher)
+    assert seen == [len(examples)]
+    report = trainer.model.initialization_report
+    assert report.options["method"] == "calibrated" and report.calibration["tokens"] > 0
