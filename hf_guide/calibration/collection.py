@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.calibration.batches import Batch, count_contexts, count_tokens
+from hf_guide.calibration.batches import Batch, count_contexts, count_tokens, first_rows, num_rows
 from hf_guide.calibration.block_weights import BlockWeights, model_without_weights
 from hf_guide.calibration.config import SELF_GENERATED, CalibratedConfig, Refit
 from hf_guide.calibration.data import (
@@ -103,8 +103,8 @@ def collect_calibration(
         **hub: Keywords of `from_pretrained` for the teacher's tokenizer.
 
     Raises:
-        OptionError: The dataset makes no batches, or fewer than there are processes; the dataset or the call is not the same
-            in all of them; the folder is of another call.
+        OptionError: The dataset makes no batches, or of fewer rows than there are processes; the dataset or the call is not
+            the same in all of them; the folder is of another call.
         TeacherError: Activations are not finite.
     """
     started = time.perf_counter()
@@ -127,7 +127,7 @@ def collect_calibration(
             dataset, model, teacher, config, num_tokens=num_tokens, student=student, **hub
         )
     _check_same_data(batches)
-    _check_enough_batches(batches)
+    batches = _split_for_processes(batches, model, num_tokens)
     checkpoint = None
     if calibration_cache_dir is not None:
         checkpoint = CalibrationCheckpoint.begin(
@@ -183,13 +183,27 @@ def _check_same_data(batches: list[Batch]) -> None:
         )
 
 
-def _check_enough_batches(batches: list[Batch]) -> None:
-    world_size = rank_and_world_size()[1]
-    if len(batches) < world_size:
-        raise OptionError(
-            f"calibration_dataset makes {len(batches)} batches for {world_size} processes, and each needs one: pass more "
-            "data, or lower calibration_batch_size."
-        )
+def _split_for_processes(batches: list[Batch], model: PreTrainedModel, num_tokens: int) -> list[Batch]:
+    """Return the batches, the largest ones split between their rows until there is one for each process.
+
+    Raises:
+        OptionError: There are fewer rows than processes; names `calibration_tokens` where it ended the reading.
+    """
+    world_size, parts = rank_and_world_size()[1], list(batches)
+    while len(parts) < world_size:
+        sizes = [num_rows(batch) or 1 for batch in parts]
+        index, rows = sizes.index(max(sizes)), max(sizes)
+        if rows == 1:
+            is_cut = sum(count_tokens(batch, model) for batch in batches) >= num_tokens
+            raise OptionError(
+                f"calibration_dataset makes {len(parts)} batches that cannot be split, for {world_size} processes, and each "
+                f"needs one: {f'raise calibration_tokens above {num_tokens}' if is_cut else 'pass more data'}, or start fewer "
+                "processes."
+            )
+        half = rows // 2
+        rest = {name: value[half:] for name, value in parts[index].items()}
+        parts[index : index + 1] = [first_rows(parts[index], half), rest]
+    return parts
 
 
 def _activation_bytes(modules: ModuleMap, model: PreTrainedModel, batches: list[Batch], *, refits: bool) -> int:

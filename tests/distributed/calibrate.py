@@ -1,7 +1,7 @@
 """Make a calibrated student under torchrun; rank 0 writes what it became and whether all processes have the same.
 
-With `folder` it continues from there; `dataset` replaces the data; `teacher` is the folder of a teacher; with `kill`,
-a file's name, the process that would write that file is killed instead.
+With `folder` it continues from there; `dataset` replaces the data, of which `batches` takes the first ones; `teacher` is the
+folder of a teacher; with `kill`, a file's name, the process that would write that file is killed instead.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from hf_guide.calibration import resume
 from hf_guide.teachers.tensor_source import SafetensorsTensors
 from hf_guide.utils import files
-from tests.calibration.small_students import make_student
+from tests.calibration.small_students import make_student, token_batches
 from tests.tiny import KINDS
 
 arguments = json.loads(sys.argv[1])
@@ -47,7 +47,8 @@ def counting(self: SafetensorsTensors, name: str, rows: "slice | None") -> torch
 
 SafetensorsTensors._read = counting
 teacher = arguments.get("teacher") or KINDS["llama"].teacher().double()
-student = make_student(teacher, arguments.get("dataset"), arguments.get("folder"))
+dataset = arguments.get("dataset") or token_batches()[: arguments.get("batches")]
+student = make_student(teacher, dataset, arguments.get("folder"))
 vector = torch.cat([parameter.detach().flatten() for parameter in student.parameters()])
 everyone = [torch.zeros_like(vector) for _ in range(dist.get_world_size())]
 dist.all_gather(everyone, vector)

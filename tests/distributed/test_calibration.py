@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_guide.teachers.tensor_source import SafetensorsTensors
-from tests.calibration.small_students import make_student
+from tests.calibration.small_students import make_student, token_batches
 from tests.distributed.launch import run_processes
 from tests.tiny import KINDS
 
@@ -21,6 +21,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_processes_make_the_student_of_one(uninterrupted: dict[str, Any]) -> None:
     result = uninterrupted
     one = make_student(KINDS["llama"].teacher().double())
+    vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
+    assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"]
+    assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
+
+
+def test_one_batch_is_split_between_processes(tmp_path: Path) -> None:
+    """As where `calibration_tokens` end the reading within the first batch."""
+    result = run_processes("calibrate.py", 3, {"batches": 1}, tmp_path)
+    one = make_student(KINDS["llama"].teacher().double(), token_batches()[:1])
     vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
     assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"]
     assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()

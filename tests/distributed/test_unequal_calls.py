@@ -13,6 +13,8 @@ CALLS = {
     "depth": [{"num_hidden_layers": 2}, {"num_hidden_layers": 3}],
     "option": [{}, {"method": {"calibration_tokens": 64}}],
     "generated": [{}, {"batches": "self_generated"}],
+    "tokens": [{"start": 15, "method": {"calibration_tokens": 9}}] * 2,
+    "row": [{"rows": 1, "batches": 1}] * 2,
     "same": [{}, {}],
 }
 
@@ -47,3 +49,12 @@ def test_other_configs_or_options_in_each_process_are_an_error_in_all(errors: di
         first, second = errors[name]
         assert first == second and first.startswith("OptionError: The processes do not make the same call")
         assert found in first and "Pass the same teacher, config and options in all of them" in first
+
+
+def test_fewer_rows_than_processes_are_an_error_that_names_what_ended_the_reading(
+    errors: dict[str, list[Any]],
+) -> None:
+    for name, advice in (("tokens", "raise calibration_tokens above 9"), ("row", "pass more data")):
+        first, second = errors[name]
+        assert first == second
+        assert f"makes 1 batches that cannot be split, for 2 processes, and each needs one: {advice}" in first

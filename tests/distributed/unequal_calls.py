@@ -1,7 +1,7 @@
 """Call `from_teacher` in a world of processes that do not pass the same; rank 0 writes the errors of all.
 
 `calls` has for each name what each rank passes besides the teacher: how many `batches` of data (or "self_generated"), from
-which on (`start`), options of the `method`, and fields of the student's config.
+which on (`start`), their `rows`, options of the `method`, and fields of the student's config.
 """
 
 import json
@@ -21,9 +21,9 @@ rank = dist.get_rank()
 teacher = KINDS["llama"].teacher().double()
 errors: dict[str, Any] = {}
 for name, of_ranks in params["calls"].items():
-    found, own = None, {"batches": 8, "start": 0, "method": {}, **of_ranks[rank]}
-    start, count = own.pop("start"), own.pop("batches")
-    dataset = count if count == "self_generated" else token_batches(16)[start:][:count]
+    found, own = None, {"batches": 8, "start": 0, "rows": 4, "method": {}, **of_ranks[rank]}
+    start, count, rows = (own.pop(key) for key in ("start", "batches", "rows"))
+    dataset = count if count == "self_generated" else token_batches(16, rows)[start:][:count]
     method = {"method": "calibrated", **own.pop("method")}
     try:
         from_teacher(teacher, method=method, calibration_dataset=dataset, show_progress=False, **{**SMALLER, **own})
