@@ -1,11 +1,13 @@
 """Collective operations across ranks that raise if another rank has ended, instead of waiting forever.
 
 Each rank increments a counter in the default group's store from a background thread. A rank that waits for another notices
-within two minutes that its counter has stopped; a rank that is only slow is waited for.
+within two minutes that its counter has stopped; a rank that is only slow is waited for. Where one has not begun for half a
+minute, as in a script that makes the call in rank 0 alone, the ranks that wait for it warn of that.
 """
 
 import atexit
 import contextlib
+import logging
 import os
 import threading
 import time
@@ -18,11 +20,14 @@ from torch import Tensor, distributed
 
 from hf_guide.errors import HfGuideError, MissingRankError
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 HEARTBEAT_INTERVAL = 1.0
 HEARTBEAT_TIMEOUT = 120.0
 STARTUP_TIMEOUT = 1800.0
+STARTUP_WARNING_TIME = 30.0
 FAILURE_GRACE_PERIOD = 10.0
 EXIT_GRACE_PERIOD = 0.2
 
@@ -50,7 +55,7 @@ def all_reduce_sum_(tensors: Iterable[Tensor]) -> None:
         reduced = tensor.to(collective_device()).contiguous()
         with report_missing_ranks():
             distributed.all_reduce(reduced)
-        tensor.copy_(reduced)
+            tensor.copy_(reduced)  # with NCCL this is what waits
 
 
 def all_reduce_scalar(number: float) -> float:
@@ -147,8 +152,10 @@ class RankMonitor:
 @contextlib.contextmanager
 def report_missing_ranks() -> Iterator[None]:
     """Replace the error of a collective operation by a MissingRankError that names the ranks that have ended, if any."""
+    heartbeat = _Heartbeat.of_default_group()
     try:
-        yield
+        with contextlib.nullcontext() if heartbeat is None else heartbeat.waiting():
+            yield
     except RuntimeError as error:
         monitor, end = RankMonitor(FAILURE_GRACE_PERIOD / 2), time.monotonic() + FAILURE_GRACE_PERIOD
         while time.monotonic() < end:
@@ -178,7 +185,10 @@ class _Heartbeat:
         self._store = (
             store.clone() if hasattr(store, "clone") else store
         )  # with one connection, the thread would wait for the main thread
+        self._rank, self._world_size = distributed.get_rank(), distributed.get_world_size()
         self._meetings = 0
+        self._waiting_since: float | None = None
+        self._is_checked = False
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="hf_guide heartbeat", daemon=True)
         self._thread.start()
@@ -207,12 +217,22 @@ class _Heartbeat:
         key, monitor = f"hf_guide/meetings/{self._meetings}", RankMonitor()
         try:
             arrived = self._store.add(key, 1)
-            while arrived < rank_and_world_size()[1]:
-                monitor.check("it")
-                time.sleep(0.05)
-                arrived = self._store.add(key, 0)
+            with self.waiting():
+                while arrived < self._world_size:
+                    monitor.check("it")
+                    time.sleep(0.05)
+                    arrived = self._store.add(key, 0)
         except RuntimeError as error:
             raise MissingRankError(_missing_ranks_message([0], "it")) from error
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Have the thread warn of ranks that have not begun, if this block takes long."""
+        self._waiting_since = time.monotonic()
+        try:
+            yield
+        finally:
+            self._waiting_since = None
 
     def stop(self) -> None:
         """Stop the thread: if it used the store while the interpreter exits, the process would abort."""
@@ -220,11 +240,32 @@ class _Heartbeat:
         self._thread.join(timeout=5.0)
 
     def _beat(self) -> None:
-        key = f"hf_guide/signs/{distributed.get_rank()}"
+        key = f"hf_guide/signs/{self._rank}"
         with contextlib.suppress(RuntimeError):  # the rank that hosts the store has ended
             self._store.add(key, 1)
             while not self._stopped.wait(HEARTBEAT_INTERVAL):
                 self._store.add(key, 1)
+                self._warn_of_ranks_not_begun()
+
+    def _warn_of_ranks_not_begun(self) -> None:
+        """Warn once of ranks without a heartbeat yet, for which this rank has waited long; they may still be loading data."""
+        since = self._waiting_since
+        if self._is_checked or since is None or time.monotonic() - since < STARTUP_WARNING_TIME:
+            return
+        missing = [rank for rank in range(self._world_size) if not self.count(rank)]
+        self._is_checked = True
+        if missing:
+            logger.warning(
+                "Rank %d has waited for %.0f s, and %s has not begun the call. All %d processes must call from_teacher with "
+                "method='calibrated', fit_subclasses and capture_teacher: do so outside of conditions on the rank. It goes on "
+                "once they do.",
+                *(
+                    self._rank,
+                    STARTUP_WARNING_TIME,
+                    " and ".join(f"rank {rank}" for rank in missing),
+                    self._world_size,
+                ),
+            )
 
 
 @atexit.register
