@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from hf_guide.calibration.batches import Batch, check_batch, count_rows, count_tokens, first_rows
 from hf_guide.calibration.config import SELF_GENERATED, CalibratedConfig
+from hf_guide.calibration.raw_inputs import check_processed
 from hf_guide.calibration.row_collator import MAIN_INPUTS, RowCollator, num_axes, row_axes, rows_with
 from hf_guide.chat.encoding import ChatEncoder
 from hf_guide.chat.formats import DatasetFormat, RowFormat, detect_format
@@ -105,6 +106,7 @@ def load_calibration_batches(
                 f"A batch of calibration_dataset has {sorted(columns)}, of which {type(model).__name__} takes no tensor; "
                 f"pass {EXPECTED_DATASET}."
             )
+        check_processed(batch)
         if not count_tokens(batch, model):
             continue
         batch = _with_decoder_inputs(batch, columns.get("labels"), model)

@@ -194,15 +194,16 @@ def _is_filled(row: Mapping[str, Any], column: str) -> bool:
 
 
 def _stack(rows: Rows, column: str) -> Tensor:
-    """Return images, (images, channels, height, width), or sounds, stacked in float32.
+    """Return images, (images, channels, height, width), or sounds, stacked: in float32, or whole numbers as they are.
 
     Raises:
         OptionError: They have several shapes, or images not three axes.
     """
     values = [
-        value.float() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value, dtype=np.float32))
+        value if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
         for value in (row[column] for row in rows)
     ]
+    values = [value.float() if value.is_floating_point() else value for value in values]
     shapes = sorted({tuple(value.shape) for value in values})
     if len(shapes) > 1 or (column == "pixel_values" and len(shapes[0]) != 3):
         raise _unlike(column, shapes)
