@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from hf_guide.calibration.batches import Batch, check_batch, count_rows, count_tokens, first_rows
 from hf_guide.calibration.config import SELF_GENERATED, CalibratedConfig
-from hf_guide.calibration.raw_inputs import check_processed
+from hf_guide.calibration.raw_inputs import check_processed, check_reads_text, processing_hint
 from hf_guide.calibration.row_collator import MAIN_INPUTS, RowCollator, num_axes, row_axes, rows_with
 from hf_guide.chat.encoding import ChatEncoder
 from hf_guide.chat.formats import DatasetFormat, RowFormat, detect_format
@@ -104,7 +104,7 @@ def load_calibration_batches(
         if not batch:
             raise OptionError(
                 f"A batch of calibration_dataset has {sorted(columns)}, of which {type(model).__name__} takes no tensor; "
-                f"pass {EXPECTED_DATASET}."
+                f"pass {EXPECTED_DATASET}.{processing_hint(accepted)}"
             )
         check_processed(batch)
         if not count_tokens(batch, model):
@@ -190,9 +190,11 @@ def _iter_batches(
 ) -> Iterator[Mapping[str, Any]]:
     """Return the batches of rows in any form, as `first` has it."""
     if isinstance(first, str):
+        check_reads_text(collator.accepted, "yields texts")
         return _batches_of_text(_iter_texts(rows), load_teacher_tokenizer(teacher, hub), collator, length)
+    hint = processing_hint(collator.accepted)
     if not isinstance(first, Mapping):
-        raise OptionError(f"calibration_dataset yields a {type(first).__name__}; pass {EXPECTED_DATASET}.")
+        raise OptionError(f"calibration_dataset yields a {type(first).__name__}; pass {EXPECTED_DATASET}.{hint}")
     column = next((name for name in MAIN_INPUTS if name in first), None)
     if column is not None:
         rows = rows_with(rows, column)
@@ -200,16 +202,19 @@ def _iter_batches(
         return collator.collate(rows, column) if is_row else collator.as_tensors(rows, column)
     if any(isinstance(value, Tensor) and value.ndim > 1 for value in first.values()):
         return rows
+    columns = sorted(map(str, first))
     data_format = detect_format(list(map(str, first)), first, "calibration_dataset")
+    column = _text_column(first)
+    if data_format is not None or column is not None:
+        check_reads_text(collator.accepted, f"has the columns {columns}, of which the text would be tokenized")
     if data_format is not None and data_format.kind is not RowFormat.TEXT:
         rows = rows_with(rows, data_format.columns[0])
         encoded = _encode_chat(rows, data_format, load_teacher_tokenizer(teacher, hub), length)
         return collator.collate(encoded, "input_ids")
-    column = _text_column(first)
     if column is None:
         raise OptionError(
-            f"calibration_dataset has the columns {sorted(map(str, first))}, none of them input_ids, text, messages, "
-            f"pixel_values, input_features or input_values; pass {EXPECTED_DATASET}."
+            f"calibration_dataset has the columns {columns}, none of them input_ids, text, messages, "
+            f"pixel_values, input_features or input_values; pass {EXPECTED_DATASET}.{hint}"
         )
     tokenizer = load_teacher_tokenizer(teacher, hub)
     return _batches_of_text(_iter_texts(_values(rows, column)), tokenizer, collator, length)

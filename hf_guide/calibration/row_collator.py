@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig
 
 from hf_guide.calibration.batches import Batch, check_whole_numbers
+from hf_guide.calibration.raw_inputs import check_is_array
 from hf_guide.chat.packing import split_packed
 from hf_guide.errors import OptionError
 from hf_guide.utils.labels import IGNORE_INDEX
@@ -92,7 +93,7 @@ class RowCollator:
             OptionError: Rows cannot be joined; names the column.
         """
         examples = _iter_examples(rows) if column == "input_ids" else rows
-        filled = (row for row in examples if _is_filled(row, column))
+        filled = _iter_filled(examples, column)
         while batch := list(itertools.islice(filled, self.batch_size)):
             yield self._join(batch, column)
 
@@ -102,6 +103,7 @@ class RowCollator:
             if isinstance(batch[column], Tensor):
                 yield batch
                 continue
+            check_is_array(column, batch[column])
             columns = {name: batch[name] for name in (*self.accepted, "labels") if num_axes(batch.get(name)) > 0}
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
             filled = [row for row in rows if _is_filled(row, column)]
@@ -185,6 +187,14 @@ def _iter_examples(rows: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, A
         if _is_filled(row, "input_ids") and (has_starts or _is_filled(row, "seq_lengths")):
             yield from split_packed(row)
         else:
+            yield row
+
+
+def _iter_filled(rows: Iterable[Mapping[str, Any]], column: str) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows whose main input is neither missing nor empty, after checking that it is numbers."""
+    for row in rows:
+        check_is_array(column, row[column])
+        if _is_filled(row, column):
             yield row
 
 
