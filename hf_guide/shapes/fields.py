@@ -132,7 +132,7 @@ def find_size_fields(probe: ModelProbe) -> SizeFields:
     """
     teacher = probe.teacher
     layout = layout_for(teacher.config, teacher.model_class)
-    _check_enumerable(layout, teacher.config)
+    _check_enumerable(layout, teacher)
     depths = {path[0]: depth for path, depth in stack_depths(teacher, layout).items()}
     stacks = {stack.partition("{block}")[0]: name for name, depth in depths.items() for stack in depth.stacks}
     fields = [SizeField(name, depth.size, SizeRole.DEPTH) for name, depth in depths.items() if depth.stacks]
@@ -154,28 +154,48 @@ def find_size_fields(probe: ModelProbe) -> SizeFields:
     return SizeFields(tuple(fields), head_size, teacher_head_size, follows, stated, stacks)
 
 
-def _check_enumerable(layout: Layout, config: PreTrainedConfig) -> None:
-    if is_blocks_only(layout):
-        raise LayoutError(
-            f"The axes of {config.model_type!r} are not known, so its shapes cannot be enumerated for a budget: only "
-            "its blocks can be chosen. Pass how many it has, such as num_hidden_layers=."
-        )
+def _check_enumerable(layout: Layout, teacher: TeacherCheckpoint) -> None:
+    config = teacher.config
     nested = [
         name for name, value in vars(config).items() if isinstance(value, PreTrainedConfig) and _has_sizes(value)
     ]
-    if nested:
-        raise LayoutError(
-            f"{config.model_type!r} is made of several models ({', '.join(nested)}), and shapes are enumerated for models of "
-            f"one config. Pass the sizes themselves, such as {nested[0]}={{'num_hidden_layers': ...}}."
-        )
     stages = [
         name for name in ("depths", "hidden_sizes", "embed_dims") if isinstance(vars(config).get(name), (list, tuple))
     ]
-    if stages:
-        raise LayoutError(
-            f"{config.model_type!r} has stages of several widths ({', '.join(stages)}), and shapes are enumerated for stacks "
-            f"of one width. Pass the sizes themselves, such as {stages[0]}=[...]."
+    if is_blocks_only(layout):
+        reason = "has axes that are not known, so only its blocks can be chosen"
+    elif nested:
+        reason = f"is made of several models ({', '.join(nested)}), and shapes are enumerated for models of one config"
+    elif stages:
+        reason = (
+            f"has stages of several widths ({', '.join(stages)}), and shapes are enumerated for stacks of one width"
         )
+    else:
+        return
+    raise LayoutError(
+        f"No shape can be searched for a budget: {config.model_type!r} {reason}. Leave out the budget, and pass the sizes "
+        f"themselves{_depth_example(layout, teacher)}."
+    )
+
+
+def _depth_example(layout: Layout, teacher: TeacherCheckpoint) -> str:
+    """Return half of a teacher's blocks as an argument, by the field that its config has; "" where none is known.
+
+    A list with an entry per stage comes first: the numbers of a hierarchical config are computed from it.
+    """
+    per_stage = vars(teacher.config).get("depths")
+    if isinstance(per_stage, (list, tuple)):
+        return f", such as depths={[max(1, depth // 2) for depth in per_stage]}"
+    depths = stack_depths(teacher, layout)
+    if not depths:
+        return ""
+    standard = {"num_hidden_layers", teacher.config.attribute_map.get("num_hidden_layers")}
+    # The most blocks of those: wav2vec 2.0 has convolutions too, which are no blocks to leave out.
+    path, depth = max(depths.items(), key=lambda each: (each[0][-1] in standard, each[1].size))
+    value: Any = max(1, depth.size // 2)
+    for name in reversed(path[1:]):
+        value = {name: value}
+    return f", such as {path[0]}={value}"
 
 
 def _has_sizes(config: PreTrainedConfig) -> bool:
