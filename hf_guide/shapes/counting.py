@@ -22,7 +22,7 @@ from hf_guide.initialization.size_checks import experts_per_token
 from hf_guide.layouts.grammar import AxisName, axis_names
 from hf_guide.layouts.registry import PREFIX_AXES, Layout
 from hf_guide.models.model_classes import strip_base_prefix
-from hf_guide.shapes.fields import ModelProbe, SizeFields, SizeRole
+from hf_guide.shapes.fields import ModelProbe, SizeField, SizeFields, SizeRole
 
 Sizes = Mapping[str, np.ndarray]
 """For each size field its value in every shape."""
@@ -169,6 +169,9 @@ def _group_parameters(
         _Variable((each.name,)): _slopes(probe, kept, fields.moved_by(each), sizes, base, slopes)
         for each in fields.fields
         if each.role is not SizeRole.DEPTH and not fields.follows(each)
+    }
+    slopes |= {
+        _Variable((each.name,)): _depth_slopes(probe, kept, each, fields, base) for each in fields.of(SizeRole.DEPTH)
     }
     layout, head = layout_for(config, probe.model_class), _tied_table(base)
     occurrences = Counter(_without_index(name, fields) for name, _ in base.named_parameters())
@@ -333,6 +336,29 @@ def _slopes(
         f"How the parameters of {probe.model_class.__name__} depend on {names[0]} could not be found, so its shapes cannot be "
         "enumerated for a budget. Pass the sizes themselves."
     )
+
+
+def _depth_slopes(
+    probe: ModelProbe, kept: Mapping[str, int], depth: SizeField, fields: SizeFields, base: PreTrainedModel
+) -> _Lengths:
+    """Return, by parameter, the slope of each dimension in a depth; not 0 only of parameters outside of the stacks.
+
+    One of them may have an entry for each block, as the position embeddings that YOLOS adds between its blocks.
+    """
+    lengths = _lengths(base)
+    slopes = {name: (0.0,) * len(each) for name, each in lengths.items()}
+    built = next(
+        (found for other in _other_values(depth.size) if (found := probe.build({**kept, depth.name: other}))), None
+    )
+    if built is None:  # a list of the teacher's depth admits no other
+        return slopes
+    config, model = built
+    step = getattr(config, depth.name) - depth.size
+    for name, changed in _lengths(model).items():
+        is_of_block = strip_base_prefix(name, base.base_model_prefix).startswith(tuple(fields.stacks))
+        if not is_of_block and len(changed) == len(lengths.get(name, ())):
+            slopes[name] = tuple((new - old) / step for old, new in zip(lengths[name], changed, strict=True))
+    return slopes
 
 
 def _kind_of(layout: Layout, name: str) -> tuple[bool, bool]:

@@ -87,3 +87,23 @@ def test_the_best_shape_of_a_family_without_a_head_size_is_found():
     best = find_shapes(teacher, num_parameters="15%", limit=1, show_progress=False)[0]
     assert (best.width, best.depth, best.sizes["intermediate_size"], best.parameters) == (192, 3, 256, 986_112)
     assert best.rule_score == pytest.approx(3.375, abs=1e-3)
+
+
+def test_position_embeddings_between_blocks_are_counted_with_the_depth():
+    """YOLOS has one for every block but the last, in one parameter outside of the blocks."""
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.YolosConfig(**sizes, image_size=[32, 32], patch_size=8, num_detection_tokens=4)
+    teacher = transformers.YolosForObjectDetection(config)
+    for budget in (60_000, 75_000):
+        shapes = find_shapes(teacher, num_parameters=budget, limit=3, show_progress=False)
+        assert {each.depth for each in shapes} != {4}
+        assert all(abs(each.parameters - budget) <= 0.02 * budget for each in shapes)
+    opened = open_teacher(teacher)
+    probe = ModelProbe(opened, opened.model_class)
+    counter = ParameterCounter(probe, find_size_fields(probe))
+    for depth in (1, 2, 3, 4):
+        shape = {**sizes, "num_hidden_layers": depth, "hidden_size": 48, "num_attention_heads": 3}
+        built = probe.build(shape)
+        assert counter.count({name: np.array([float(size)]) for name, size in shape.items()}).parameters == [
+            built[1].num_parameters()
+        ]
