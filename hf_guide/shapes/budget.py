@@ -26,12 +26,13 @@ class Budget:
         num_parameters: Number of parameters, tied ones counted once.
         active_parameters: Parameters that one token passes in a mixture of experts.
         memory: Bytes of the weights and of the key-value cache for `cache_length` positions.
+        cache_length: Positions of the cache; None for `DEFAULT_CACHE_LENGTH`, or as many as the model has if these are fewer.
     """
 
     num_parameters: int | None = None
     active_parameters: int | None = None
     memory: int | None = None
-    cache_length: int = DEFAULT_CACHE_LENGTH
+    cache_length: int | None = None
 
     @classmethod
     def parse(
@@ -65,8 +66,31 @@ class Budget:
             _parse_count("num_parameters", num_parameters, teacher_parameters),
             _parse_count("active_parameters", active_parameters, teacher_parameters),
             _parse_bytes(memory),
-            DEFAULT_CACHE_LENGTH if cache_length is None else check_integer("cache_length", cache_length),
+            None if cache_length is None else check_integer("cache_length", cache_length),
         )
+
+    def num_cached(self, positions: int | None) -> int:
+        """Return how many positions of a model the cache is counted for.
+
+        Args:
+            positions: Those that the model has for the tokens that it generates; None for no limit.
+
+        Raises:
+            OptionError: `cache_length` is more than the model has.
+
+        Example:
+            >>> Budget(memory=10**6).num_cached(448), Budget(memory=10**6).num_cached(None)
+            (448, 2048)
+        """
+        limit = DEFAULT_CACHE_LENGTH if positions is None else positions
+        if self.cache_length is None:
+            return min(limit, DEFAULT_CACHE_LENGTH)
+        if positions is not None and self.cache_length > positions:
+            raise OptionError(
+                f"cache_length={self.cache_length} is more than the {positions} positions that the model has: pass at most "
+                "these, or give the student more."
+            )
+        return self.cache_length
 
     def __str__(self) -> str:
         entries = {

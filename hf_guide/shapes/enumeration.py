@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedConfig
 
 from hf_guide.errors import ShapeError
 from hf_guide.layouts.registry import Layout, config_sizes
+from hf_guide.models.positions import max_input_tokens
 from hf_guide.shapes.budget import TOLERANCE, Budget
 from hf_guide.shapes.counting import Cost, ParameterCounter
 from hf_guide.shapes.fields import SizeField, SizeFields, SizeRole
@@ -60,6 +62,7 @@ class ShapeEnumerator:
         sizes: The size fields of the teacher's config with these overrides, for roles that are not varied.
         itemsize: Bytes of a weight.
         cache_width: Numbers that the cache holds for a position, per key/value head and block; 0 of a model without one.
+        cache_length: Positions of the cache; of an encoder-decoder also those of the encoder, which cross-attention keeps.
         allows: Whether the family allows numbers of heads with the user's width.
     """
 
@@ -69,6 +72,7 @@ class ShapeEnumerator:
     sizes: Mapping[str, int]
     itemsize: int
     cache_width: int
+    cache_length: int
     allows: Callable[[Mapping[str, int]], bool] = lambda heads: True
 
     def enumerate(self, budget: Budget) -> ShapeGrid:
@@ -233,17 +237,17 @@ class ShapeEnumerator:
 
     # What shapes use of the budget
 
-    def memory(self, sizes: Mapping[str, np.ndarray], parameters: np.ndarray, length: int) -> np.ndarray:
-        """Return bytes of the weights, and of keys and values of every block for `length` positions."""
-        return self.itemsize * (parameters + length * self._cache_numbers(sizes))
+    def memory(self, sizes: Mapping[str, np.ndarray], parameters: np.ndarray) -> np.ndarray:
+        """Return bytes of the weights, and of keys and values of every block for `cache_length` positions."""
+        return self.itemsize * parameters + self._cache_bytes(sizes)
 
-    def _cache_numbers(self, sizes: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _cache_bytes(self, sizes: Mapping[str, np.ndarray]) -> np.ndarray:
         heads = self.fields.main(SizeRole.KEY_VALUE_HEADS) or self.fields.main(SizeRole.HEADS)
         decoders = [each for each in self.fields.of(SizeRole.DEPTH) if "encoder" not in each.name]
         if not self.cache_width or heads is None:
             return np.zeros(_length(sizes))
         depth = sizes[decoders[-1].name] if decoders else np.ones(_length(sizes))
-        return self.cache_width * sizes[heads.name] * depth
+        return self.itemsize * self.cache_length * self.cache_width * sizes[heads.name] * depth
 
     def _used(self, sizes: Mapping[str, np.ndarray], budget: Budget) -> np.ndarray:
         """Return what shapes use of the budget's first entry."""
@@ -252,7 +256,7 @@ class ShapeEnumerator:
             return cost.active
         if budget.num_parameters is not None:
             return cost.parameters
-        return self.memory(sizes, cost.parameters, budget.cache_length)
+        return self.memory(sizes, cost.parameters)
 
     @staticmethod
     def _targets(budget: Budget) -> list[float]:
@@ -262,7 +266,7 @@ class ShapeEnumerator:
 
     def _within(self, sizes: dict[str, np.ndarray], budget: Budget) -> ShapeGrid:
         cost = self.counter.count(sizes)
-        memory = self.memory(sizes, cost.parameters, budget.cache_length)
+        memory = self.memory(sizes, cost.parameters)
         fits = fits_budget(budget, cost.parameters, cost.active, memory)
         kept = Cost(*(each[fits] for each in (cost.parameters, cost.active, cost.lookups, cost.tied_head)))
         return ShapeGrid({name: each[fits] for name, each in sizes.items()}, kept, memory[fits])
@@ -276,8 +280,14 @@ class ShapeEnumerator:
         unit = " bytes" if name == "memory" else ""
         fixed = f" with {self._describe_fixed()}" if self.fixed else ""
         small, large = (self._describe(bounds[i], at) for i, at in ((0, smallest), (-1, largest)))
-        table = self.counter.count({n: each[[smallest]] for n, each in bounds[0].items()}).lookups[0]
+        least = {name: each[[smallest]] for name, each in bounds[0].items()}
+        table = self.counter.count(least).lookups[0]
         tables = f", of which embedding tables are {table:,.0f} parameters" if table else ""
+        cached = self._cache_bytes(least)[0] if budget.memory is not None else 0
+        if cached:
+            tables += (
+                f"{' and' if table else ', of which'} the cache of {self.cache_length:,} positions {cached:,.0f} bytes"
+            )
         several = (
             " No shape has both sizes at once: give one of them, or others."
             if len(self._targets(budget)) > 1
@@ -312,8 +322,7 @@ def fits_budget(budget: Budget, parameters: Any, active: Any, memory: Any) -> An
 def cache_width(layout: Layout, config: Any, *, caches: bool, required: bool) -> int:
     """Return how many numbers the key-value cache holds for a position, per key/value head and block; 0 without a cache.
 
-    An encoder-decoder's is twice that of its self-attention: cross-attention keeps as much. Windows of attention, which bound
-    the cache, are not taken into account.
+    Windows of attention, which bound the cache, are not taken into account.
 
     Args:
         layout: Of the family.
@@ -332,7 +341,23 @@ def cache_width(layout: Layout, config: Any, *, caches: bool, required: bool) ->
             f"memory= needs the size of the key-value cache, which the layout of {layout.family!r} does not give: use "
             "num_parameters= instead."
         )
-    return (sizes["k_dim"] + sizes["head_dim"]) * (2 if config.is_encoder_decoder else 1)
+    return sizes["k_dim"] + sizes["head_dim"]
+
+
+def cache_positions(budget: Budget, config: PreTrainedConfig) -> int:
+    """Return how many positions a student's cache is counted for; of an encoder-decoder those of both attentions.
+
+    Cross-attention keeps the encoder's tokens: of sounds as many as the encoder has positions, since they are padded to them;
+    of text as many as the decoder's, or fewer where the encoder has fewer positions.
+
+    Raises:
+        OptionError: The budget's `cache_length` is more than the model has.
+    """
+    if not config.is_encoder_decoder:
+        return budget.num_cached(max_input_tokens(config))
+    decoder = budget.num_cached(max_input_tokens(config, target=True))
+    of_sounds, of_text = getattr(config, "max_source_positions", None), max_input_tokens(config)
+    return decoder + (of_sounds or min(decoder, of_text or decoder))
 
 
 def _choices(size: int) -> list[int]:

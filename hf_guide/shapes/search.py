@@ -31,7 +31,14 @@ from hf_guide.methods.calibrated import CalibratedMethod
 from hf_guide.shapes.budget import Budget
 from hf_guide.shapes.candidates import ShapeCandidate, are_alike, rule_scores
 from hf_guide.shapes.counting import ParameterCounter, exact_cost
-from hf_guide.shapes.enumeration import ShapeEnumerator, ShapeGrid, cache_width, fits_budget, overrides_of
+from hf_guide.shapes.enumeration import (
+    ShapeEnumerator,
+    ShapeGrid,
+    cache_positions,
+    cache_width,
+    fits_budget,
+    overrides_of,
+)
 from hf_guide.shapes.fields import (
     ModelProbe,
     SizeFields,
@@ -165,6 +172,7 @@ class ShapeSearch:
             sizes,
             self.setup.dtype.itemsize,
             width,
+            cache_positions(self.budget, derived) if width else 0,
             allows=lambda heads: probe.build({**self._coupled, **heads}) is not None,
         )
         grid = enumerator.enumerate(self.budget)
@@ -261,7 +269,7 @@ class ShapeSearch:
         cost = exact_cost(model, config)
         sizes = {name: values[[index]] for name, values in grid.sizes.items()}
         parameters = np.array([float(cost["parameters"])])
-        memory = int(enumerator.memory(sizes, parameters, self.budget.cache_length)[0])
+        memory = int(enumerator.memory(sizes, parameters)[0])
         if not fits_budget(self.budget, cost["parameters"], cost["active_parameters"], memory):
             raise ShapeError(
                 f"It has {format_count(cost['parameters'])} parameters, because its blocks are of several kinds, or its "
@@ -373,7 +381,7 @@ def find_shapes(
         active_parameters: Those that a token passes in a mixture of experts, likewise.
         memory: Bytes of the weights in the student's dtype and of the key-value cache, or a text such as "500MB" or "1.5GiB";
             never exceeded.
-        cache_length: Positions of that cache; 2,048 by default.
+        cache_length: Positions of that cache; 2,048 by default, or as many as the model has if these are fewer.
         search_steps: With calibration data, for how many steps the best three are distilled on it by the running teacher's
             outputs, a calibration batch each; then the lowest loss is first. None compares them untrained.
         limit: How many shapes to return.

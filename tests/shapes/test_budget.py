@@ -21,7 +21,7 @@ def test_a_number_of_parameters_is_a_number_or_a_text_with_a_unit(text, number):
 @pytest.mark.parametrize(("text", "number"), [("500MB", 500_000_000), ("1.5GiB", 3 << 29), (4096, 4096)])
 def test_memory_is_bytes_or_a_text_with_a_unit(text, number):
     assert parse(memory=text).memory == number
-    assert parse(memory=text).cache_length == 2048
+    assert parse(memory=text).num_cached(None) == 2048
 
 
 @pytest.mark.parametrize("value", ["23X", "many", "-5M", "0M", "0%", "120%", 0, 2.5, True, "", "1e6M"])

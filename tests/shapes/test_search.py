@@ -20,6 +20,7 @@ from hf_guide.shapes.candidates import rule_scores
 from hf_guide.shapes.counting import ParameterCounter
 from hf_guide.shapes.fields import ModelProbe, SizeField, SizeFields, SizeRole, build_on_meta, find_size_fields
 from hf_guide.teachers.checkpoint import open_teacher
+from tests.small_speech import whisper, whisper_processor
 from tests.tiny import KINDS, same_bits
 
 
@@ -128,6 +129,28 @@ def test_memory_counts_the_weights_and_the_cache_that_the_model_fills():
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert shape.memory == cached + sum(each.nbytes for each in student.parameters())
     assert 0.98 * 200_000 <= shape.memory <= 200_000
+
+
+@pytest.mark.parametrize("cache_length", [None, 10])
+def test_the_cache_of_a_model_of_speech_has_the_positions_of_its_encoder_and_of_its_decoder(cache_length):
+    """Sounds are padded to all positions of the encoder, and no more tokens follow than the decoder has positions."""
+    teacher = whisper(whisper_processor())
+    (shape,) = shapes_of(teacher, memory=150_000, cache_length=cache_length)
+    student = from_teacher(teacher, show_progress=False, **shape.overrides)
+    length = cache_length or student.config.max_target_positions
+    sounds = torch.zeros(1, student.config.num_mel_bins, 2 * student.config.max_source_positions)
+    caches = student(sounds, decoder_input_ids=torch.ones(1, length, dtype=torch.long), use_cache=True).past_key_values
+    layers = [*caches.self_attention_cache.layers, *caches.cross_attention_cache.layers]
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    assert shape.memory == cached + sum(each.nbytes for each in student.parameters())
+
+
+def test_the_cache_is_part_of_the_error_and_no_longer_than_the_model_allows():
+    teacher = whisper(whisper_processor())
+    with pytest.raises(ShapeError, match=r"The smallest has memory .* the cache of [\d,]+ positions [\d,]+ bytes"):
+        shapes_of(teacher, memory=1000)
+    with pytest.raises(OptionError, match="cache_length=4096 is more than the .* positions that the model has"):
+        shapes_of(teacher, memory=150_000, cache_length=4096)
 
 
 def test_active_parameters_are_those_of_the_experts_that_a_token_is_routed_to():
