@@ -30,7 +30,13 @@ from hf_guide.models.hooks import (
     register_input_hook,
     removable_hooks,
 )
+from hf_guide.teachers.forward import unreadable_batch_error
 from hf_guide.utils.memory import return_freed_memory
+
+_UNREADABLE_ADVICE = (
+    "Pass all the inputs that the teacher needs, in the sizes that its own tokenizer, image processor or feature extractor "
+    "makes."
+)
 
 BlockCall = tuple[tuple[Any, ...], dict[str, Any], str | None]
 """The other positional arguments, the other keywords, and the keyword of the hidden states; None if they are positional."""
@@ -213,7 +219,8 @@ class SequentialBlocks:
                 handles.append(block.register_forward_hook(after, with_kwargs=True, prepend=True))
             for block in self._following if verifies or to_end else ():
                 handles.append(block.register_forward_pre_hook(follow, with_kwargs=True, prepend=True))
-            outputs = forward_no_cache(self.model, first_rows(self.batches[batch], rows))
+            with _unreadable_as_teacher_error(self.model, self.batches[batch], self.name):
+                outputs = forward_no_cache(self.model, first_rows(self.batches[batch], rows))
         if trace.after is None:
             trace.after = outputs
         if len(order) != len(self.blocks):
@@ -524,7 +531,7 @@ class SequentialModel:
             ends += [(stack, block) for stack in waiting for block in self.stacks[stack]]
             for name, module in ends:
                 handles.append(module.register_forward_pre_hook(lambda *args, s=name: stop(s), prepend=True))
-            with self._replay(0, 1):
+            with self._replay(0, 1), _unreadable_as_teacher_error(self.model, self.batches[0], self.name):
                 forward_no_cache(self.model, first_rows(self.batches[0], 1))
         if not first:
             never = UnsupportedBlockStructure(f"{self.name}: its blocks run in the order [].")
@@ -550,6 +557,24 @@ class SequentialModel:
         is_new = note not in self.notes
         self.notes += [note] if is_new else []
         return is_new
+
+
+@contextlib.contextmanager
+def _unreadable_as_teacher_error(model: PreTrainedModel, batch: Batch, name: str) -> Iterator[None]:
+    """Raise a `TeacherError` with the shapes of a batch where a model cannot run on it.
+
+    Only for passes whose hooks record alone: what they compute must not be taken for the model's error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:  # of Transformers or torch
+        if isinstance(error, HfGuideError) or name != "the teacher":  # a student reads what its teacher has read
+            raise
+        raise unreadable_batch_error(
+            model, batch, error, source="calibration_dataset", advice=_UNREADABLE_ADVICE
+        ) from error
 
 
 def _nearly_equal(first: Any, second: Any) -> bool:

@@ -42,6 +42,11 @@ from hf_guide.utils.half_precision import fast_half_products
 _TARGET_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positions", "return_loss")
 """Inputs by which a model would compute a loss of its own."""
 
+_SAME_INPUTS_ADVICE = (
+    "Both must read the same pixels and tokens: use a teacher with the student's image size and number of tokens for an "
+    "image."
+)
+
 _SPAN_LABELS = ("start_positions", "end_positions")
 
 
@@ -140,7 +145,7 @@ def forward_outputs(
         except HfGuideError:
             raise
         except ValueError as error:  # of Transformers' own checks of sizes
-            raise _unreadable_batch_error(bare, model_inputs, error) from error
+            raise unreadable_batch_error(bare, model_inputs, error) from error
     if features and not has_head:
         captured = [embed(bare, last_hidden_state(outputs), converted)]
     canonical = task_logits(task, outputs, converted, head_outputs) if logits else torch.empty(0)
@@ -192,12 +197,27 @@ def check_item_axes(task: Task, outputs: Tensor, mask: Tensor, role: str) -> Non
     )
 
 
-def _unreadable_batch_error(teacher: Any, inputs: Mapping[str, Any], error: ValueError) -> TeacherError:
+def unreadable_batch_error(
+    teacher: Any,
+    inputs: Mapping[str, Any],
+    error: Exception,
+    *,
+    source: str = "the student's",
+    advice: str = _SAME_INPUTS_ADVICE,
+) -> TeacherError:
+    """Return the error of a teacher whose forward pass raised one, with the shapes of its inputs.
+
+    Args:
+        teacher: The model.
+        inputs: The batch.
+        error: What it raised.
+        source: Whose batch it is.
+        advice: What to do, a sentence.
+    """
     shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
     name = getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__
     return TeacherError(
-        f"The teacher {name} cannot read a batch of the student's, {shapes}: {str(error).rstrip('.')}. Both must read the "
-        "same pixels and tokens: use a teacher with the student's image size and number of tokens for an image."
+        f"The teacher {name} cannot read a batch of {source}, {shapes}: {str(error).rstrip('.')}. {advice}"
     )
 
 
