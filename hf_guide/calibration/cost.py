@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
-from hf_guide.calibration.block_selection import is_wide_enough, sample_size
+from hf_guide.calibration.block_selection import keeps_width, sample_size
 from hf_guide.calibration.block_weights import is_used_mapped
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.data import default_num_tokens
@@ -92,7 +92,7 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
     tokens = config.calibration_tokens or default_num_tokens(neurons)
     is_shallower = sum(map(len, plan.block_mapping.values())) < len(size.blocks)
     searches = is_shallower and config.layer_selection == LayerSelection.LOCAL_SEARCH
-    searches = searches and any(map(is_wide_enough, plan.widths.values() or [None]))
+    searches = searches and any(map(keeps_width, plan.widths.values() or [None]))
     stacks = len(plan.block_mapping)
     sample = sample_size(task_of(setup.model_class), setup.config)[0] * searches
     searched = float(sample * size.numbers * (SEARCH_PASSES if stacks == 1 else stacks * SEARCHED_SETS))

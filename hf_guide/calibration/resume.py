@@ -32,7 +32,7 @@ from hf_guide.version import __version__
 OPTION = "calibration_cache_dir"
 MANIFEST_NAME = "calibration.json"
 TEXT_NAME = "generated_text.safetensors"
-FORMAT = 6
+FORMAT = 7
 
 SECONDS_BETWEEN_SAVES = 60.0
 """Statistics, as large as a few of the teacher's weights, are saved no more often than this."""

@@ -270,9 +270,10 @@ def builtin_renames(
 def layer_selection_field(default: LayerSelection) -> Any:
     """Return the field of `layer_selection`, which most methods have, with a method's own default."""
     influence = (
-        ", block_influence (those that change the residual stream most or make it massive), local_search (the same, but of "
-        "the six nearest to the threshold other three if these bring the outputs on 128 tokens nearer to the teacher's by a "
-        "tenth), greedy (blocks are removed one by one, each time the one without which the loss on 512 tokens is lowest)"
+        ", block_influence (those that change the residual stream most or make it massive), local_search (the same; at the "
+        "teacher's width, of the six nearest to the threshold, other three if these bring the outputs on 128 tokens nearer to "
+        "the teacher's by a tenth), greedy (blocks are removed one by one, each time the one without which the loss on 512 "
+        "tokens is lowest)"
     )
     return field(
         default=default.value,

@@ -12,8 +12,8 @@ each block were called with. On a CPU it is kept in temporary files, as long as 
 (`calibration/recorded_inputs.py`); of other blocks, and on a GPU, the refit runs the teacher once more.
 
 With `layer_selection="local_search"` the 20 sets of blocks around those of most influence are tried on 128 tokens, which
-takes 7 to 11 forward passes over these of a teacher of 30 blocks, and reads it once more; not for a student of less than half
-of the teacher's width. With "greedy" blocks are removed one by one, which takes about 2.6 times the teacher's depth in passes
+takes 7 to 11 forward passes over these of a teacher of 30 blocks, and reads it once more; not for a student of another
+width. With "greedy" blocks are removed one by one, which takes about 2.6 times the teacher's depth in passes
 over 512 tokens (`calibration/block_selection.py`).
 
 Memory: of activations, for all tokens of a process, the teacher's hidden states after each stack; and while a block is
@@ -35,7 +35,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.basis import fit_activation_bases
-from hf_guide.calibration.block_selection import check_removable, is_wide_enough, select_blocks
+from hf_guide.calibration.block_selection import check_removable, keeps_width, select_blocks
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.cost import calibration_parts
@@ -158,12 +158,12 @@ class CalibratedMethod(InitializationMethod):
         for stack, influence in sorted(calibration.statistics.block_influence.items()):
             if len(self.stacks.get(stack, influence)) == len(influence):
                 continue
-            if is_greedy or is_wide_enough(self.widths.get(axes.get(stack) or "")):
+            if is_greedy or keeps_width(self.widths.get(axes.get(stack) or "")):
                 found.append(stack)
                 continue
             note = (
                 f"The blocks of greatest influence were kept in {stack.removesuffix('.{block}')}: sets of blocks are compared "
-                "at the teacher's width, of which the student has less than half."
+                "at the teacher's width, and the student has another."
             )
             calibration.notes += [note] if note not in calibration.notes else []
         return found

@@ -293,9 +293,9 @@ def test_the_manifest_is_json_and_the_rest_safetensors(tmp_path: Path) -> None:
 def test_a_folder_of_an_earlier_format_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     write_json(tmp_path / "calibration.json", {"format": 3})
     with pytest.raises(
-        OptionError, match="has format 3.*reads format 6.*Finish it with that version, or remove the folder"
+        OptionError, match="has format 3.*reads format 7.*Finish it with that version, or remove the folder"
     ):
         make_student("llama", tmp_path)
-    (tmp_path / "calibration.json").write_text('{"format": 6}')
+    (tmp_path / "calibration.json").write_text('{"format": 7}')
     with pytest.raises(OptionError, match="damaged: it has no checksum"):
         make_student("llama", tmp_path)
