@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, which reads it once
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the Hub, and without a network each would wait for it
 
 
 def default_parameters(names: Iterable[str], count: int) -> set[str]:

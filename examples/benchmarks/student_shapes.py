@@ -228,8 +228,12 @@ SCORES = {
 
 
 def _run_of(row: "dict[str, Any]") -> tuple[int, int, str]:
-    """Return the tokens of training and of the calibration, and how blocks were selected; that is not known of early rows."""
-    return row["tokens"], row["calibration_tokens"], str(row.get("layer_selection", ""))
+    """Return the tokens of training and of the calibration, and how blocks were selected; that is not known of early rows.
+
+    Rows of a former rule of selection have it in `version`.
+    """
+    selection = [str(row.get("layer_selection", "")), *filter(None, [row.get("version")])]
+    return row["tokens"], row["calibration_tokens"], ", ".join(selection)
 
 
 def table(rows: "list[dict[str, Any]]") -> str:
