@@ -28,7 +28,7 @@ def processing_hint(accepted: Collection[str]) -> str:
 
     Example:
         >>> processing_hint(["pixel_values"])
-        " The teacher reads pixel_values: run its image processor on the images, and pass rows of what that returns."
+        ' The teacher reads pixel_values: run its image processor on the images, and pass rows of what that returns.'
     """
     names = [name for name in PROCESSORS if name in accepted]
     if not names:

@@ -1,5 +1,6 @@
 """Calibration data and calibrated students that several tests make."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -33,14 +34,20 @@ def token_batches(count: int = 8, rows: int = 4) -> list[dict[str, Tensor]]:
     return [{"input_ids": torch.randint(3, 96, (rows, 9), generator=generator)} for _ in range(count)]
 
 
-def make_student(teacher: Any, dataset: Any = None, folder: Any = None, **method: Any) -> Any:
+SHALLOWER = {"intermediate_size": 40, "num_hidden_layers": 2}
+"""A Llama's student of the teacher's width, for which sets of blocks are compared."""
+
+
+def make_student(
+    teacher: Any, dataset: Any = None, folder: Any = None, shape: Mapping[str, int] = SMALLER, **method: Any
+) -> Any:
     return from_teacher(
         teacher,
         method={"method": "calibrated", **method},
         calibration_dataset=token_batches() if dataset is None else dataset,
         calibration_cache_dir=folder,
         show_progress=False,
-        **SMALLER,
+        **shape,
     )
 
 

@@ -27,7 +27,7 @@ from hf_guide.calibration.sequential import SequentialBlocks, SequentialModel
 from hf_guide.calibration.streams import Streams, StreamStore
 from hf_guide.teachers.checkpoint import open_teacher
 from hf_guide.teachers.tensor_source import SafetensorsTensors
-from tests.calibration.small_students import BART, kind_batches, make_student, token_batches
+from tests.calibration.small_students import BART, SHALLOWER, kind_batches, make_student, token_batches
 from tests.invariants.test_laws import layout_of
 from tests.tiny import KINDS, run_python, same_bits
 
@@ -103,8 +103,11 @@ def test_one_block_is_in_memory_at_a_time_and_read_once_per_pass(
         load(self, block)
 
     monkeypatch.setattr(BlockWeights, "_load", counting)
-    make_student(tmp_path)
+    make_student(tmp_path, shape=SHALLOWER)
     assert reads == [0, 1, 2, 3] * 3, "to verify the structure, for the statistics, and to choose the blocks"
+    reads.clear()
+    make_student(tmp_path)
+    assert reads == [0, 1, 2, 3] * 2, "sets of blocks are not compared for a narrower student"
     assert set(in_memory) == {0}
 
 
@@ -209,7 +212,7 @@ def test_the_weights_of_a_block_are_read_once_and_in_the_order_of_the_file(
         return read(self, name)
 
     monkeypatch.setattr(BlockWeights, "_load", loading)
-    make_student(tmp_path)
+    make_student(tmp_path, shape=SHALLOWER)
     assert len(loads) == 1 + 3 * 4, "the rest once, and each of four blocks once in each of three passes"
     assert all(each == sorted(set(each)) and each for each in loads)
 

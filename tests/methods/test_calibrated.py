@@ -18,7 +18,7 @@ from hf_guide.calibration.statistics import mlp_width
 from hf_guide.cli.main import main
 from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.utils.distributed import default_device
-from tests.calibration.small_students import SMALLER, kind_batches, make_student, token_batches
+from tests.calibration.small_students import SHALLOWER, SMALLER, kind_batches, make_student, token_batches
 from tests.tiny import KINDS, logits, same_bits
 
 
@@ -120,7 +120,7 @@ def test_by_default_no_more_is_read_than_a_small_mlp_needs(teacher: Any) -> None
 
 
 def test_the_report_states_what_was_selected(teacher: Any, tmp_path: Path) -> None:
-    report = make_student(teacher).initialization_report
+    report = make_student(teacher, shape=SHALLOWER).initialization_report
     report.save(tmp_path)
     calibration = InitializationReport.load(tmp_path).calibration
     assert calibration["tokens"] == 288 and len(calibration["block_influence"]["layers"]) == 4
