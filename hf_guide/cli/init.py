@@ -155,7 +155,6 @@ def run(args: argparse.Namespace) -> int:
     from hf_guide import modeling
     from hf_guide.hub.saved_model import SavedModel, check_tokenizer_files, copy_tokenizer_files
     from hf_guide.methods import InitializationConfig
-    from hf_guide.models.model_files import copy_named_chat_templates
     from hf_guide.utils.checksums import check_written_model
 
     method = InitializationConfig.parse(options)
@@ -180,7 +179,6 @@ def run(args: argparse.Namespace) -> int:
         student.save_pretrained(folder)
         if not report.vocabulary:  # otherwise the student has its own tokenizer
             copy_tokenizer_files(args.teacher, folder, gguf_file=args.gguf_file, **hub_arguments(args))
-            copy_named_chat_templates(args.teacher, folder, revision=args.revision, token=args.token)
         _write_card_and_plot(report, folder, args)
     print(escape_control_characters(report.summary()))
     if report.shape_choice:

@@ -21,7 +21,7 @@ from hf_guide.models.code_references import (
     has_code_references,
     local_code_references,
 )
-from hf_guide.models.model_files import PROCESSOR_FILES, check_model_folder, regular_files
+from hf_guide.models.model_files import NAMED_CHAT_TEMPLATES, PROCESSOR_FILES, check_model_folder, regular_files
 from hf_guide.models.sentence_files import MODEL_CONFIG_NAME, MODULES_NAME
 from hf_guide.teachers.shards import find_safetensors, read_headers
 from hf_guide.utils.public_names import public_name
@@ -151,19 +151,20 @@ def copy_tokenizer_files(
         AutoTokenizer.from_pretrained(teacher, gguf_file=gguf_file, **hub_kwargs).save_pretrained(folder)
         clean_saved_folder(folder)
         return
-    source = Path(teacher)
+    source, patterns = Path(teacher), [*PROCESSOR_FILES, NAMED_CHAT_TEMPLATES]
     if not source.is_dir():
         from huggingface_hub import snapshot_download
 
-        patterns = list(PROCESSOR_FILES)
         source = Path(snapshot_download(teacher, revision=revision, token=token, allow_patterns=patterns))
-    files = [file for file in regular_files(source, PROCESSOR_FILES) if file.suffix not in _EXECUTABLE_SUFFIXES]
+    files = [file for file in regular_files(source, patterns) if file.suffix not in _EXECUTABLE_SUFFIXES]
     with_code = [
         file.name for file in files if file.name in CONFIG_FILES and has_code_references(_read_json_or_none(file))
     ]
     for file in files:
-        if not (folder / file.name).exists():
-            shutil.copyfile(file, folder / file.name)
+        target = folder / file.relative_to(source)
+        if not target.exists():
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, target)
     if with_code and trust_remote_code:
         _save_with_code(teacher, folder, with_code, hub_kwargs)
     elif with_code:

@@ -8,13 +8,11 @@ import fnmatch
 import json
 import logging
 import os
-import shutil
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import snapshot_download
 from transformers.utils import CHAT_TEMPLATE_DIR
 
 from hf_guide.errors import TeacherError
@@ -85,27 +83,6 @@ def regular_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
             else:
                 files[path] = None
     return list(files)
-
-
-def copy_named_chat_templates(
-    teacher: str, folder: Path, *, revision: str | None = None, token: str | bool | None = None
-) -> None:
-    """Copy the teacher's named chat templates into a student's folder; existing files are not overwritten.
-
-    Args:
-        teacher: Hub id or folder; only regular files inside it are copied.
-        folder: Where the student is saved.
-        revision, token: As in `from_pretrained`.
-    """
-    source = Path(teacher)
-    if not source.is_dir():
-        options: dict[str, Any] = {"revision": revision, "token": token}
-        source = Path(snapshot_download(teacher, allow_patterns=[NAMED_CHAT_TEMPLATES], **options))
-    for file in regular_files(source, [NAMED_CHAT_TEMPLATES]):
-        target = folder / file.relative_to(source)
-        if not target.exists():
-            target.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, target)
 
 
 def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = WEIGHTS_AND_CONFIGS) -> None:

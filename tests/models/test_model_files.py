@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, MarianConfig, MarianMTModel, PreTrainedT
 
 from hf_guide.cli import main as cli
 from hf_guide.errors import TeacherError
-from hf_guide.models.model_files import PROCESSOR_FILES, copy_named_chat_templates
+from hf_guide.hub.saved_model import copy_tokenizer_files
+from hf_guide.models.model_files import PROCESSOR_FILES
 from hf_guide.models.pretrained import load_processing_class
 from tests.small_tokenizers import TEXTS
 from tests.tiny import KINDS
@@ -93,12 +94,12 @@ def test_a_named_chat_template_of_another_folder_is_neither_copied_nor_read(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     teacher, student = tmp_path / "teacher", tmp_path / "student"
-    make_tokenizer().save_pretrained(teacher)
-    student.mkdir()
-    (tmp_path / "private").mkdir()
+    for folder in (teacher, student, tmp_path / "private"):
+        folder.mkdir()
     (tmp_path / "private" / "tool_use.jinja").write_text("my private text")
     (teacher / "additional_chat_templates").symlink_to(tmp_path / "private")
-    copy_named_chat_templates(str(teacher), student)
+    copy_tokenizer_files(str(teacher), student)
     assert not list(student.iterdir()) and "outside of its folder: not copied" in caplog.text
+    make_tokenizer().save_pretrained(teacher)
     with pytest.raises(TeacherError, match="tool_use.jinja is a link to .*outside of its folder"):
         load_processing_class(AutoTokenizer, teacher)
