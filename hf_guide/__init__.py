@@ -6,27 +6,27 @@ from typing import TYPE_CHECKING, Any
 from hf_guide.version import __version__
 
 _HOMES = {
-    "AutoStudent": "modeling",
-    "AutoStudentForAudioClassification": "modeling",
-    "AutoStudentForCTC": "modeling",
-    "AutoStudentForCausalLM": "modeling",
-    "AutoStudentForImageClassification": "modeling",
-    "AutoStudentForImageTextToText": "modeling",
-    "AutoStudentForInstanceSegmentation": "modeling",
-    "AutoStudentForMaskedImageModeling": "modeling",
-    "AutoStudentForMaskedLM": "modeling",
-    "AutoStudentForMultipleChoice": "modeling",
-    "AutoStudentForObjectDetection": "modeling",
-    "AutoStudentForPreTraining": "modeling",
-    "AutoStudentForQuestionAnswering": "modeling",
-    "AutoStudentForSemanticSegmentation": "modeling",
-    "AutoStudentForSeq2SeqLM": "modeling",
-    "AutoStudentForSequenceClassification": "modeling",
-    "AutoStudentForSpeechSeq2Seq": "modeling",
-    "AutoStudentForTokenClassification": "modeling",
-    "AutoStudentForUniversalSegmentation": "modeling",
-    "AutoStudentForZeroShotImageClassification": "modeling",
-    "FromTeacherMixin": "modeling",
+    "AutoStudent": "modeling_auto",
+    "AutoStudentForAudioClassification": "modeling_auto",
+    "AutoStudentForCTC": "modeling_auto",
+    "AutoStudentForCausalLM": "modeling_auto",
+    "AutoStudentForImageClassification": "modeling_auto",
+    "AutoStudentForImageTextToText": "modeling_auto",
+    "AutoStudentForInstanceSegmentation": "modeling_auto",
+    "AutoStudentForMaskedImageModeling": "modeling_auto",
+    "AutoStudentForMaskedLM": "modeling_auto",
+    "AutoStudentForMultipleChoice": "modeling_auto",
+    "AutoStudentForObjectDetection": "modeling_auto",
+    "AutoStudentForPreTraining": "modeling_auto",
+    "AutoStudentForQuestionAnswering": "modeling_auto",
+    "AutoStudentForSemanticSegmentation": "modeling_auto",
+    "AutoStudentForSeq2SeqLM": "modeling_auto",
+    "AutoStudentForSequenceClassification": "modeling_auto",
+    "AutoStudentForSpeechSeq2Seq": "modeling_auto",
+    "AutoStudentForTokenClassification": "modeling_auto",
+    "AutoStudentForUniversalSegmentation": "modeling_auto",
+    "AutoStudentForZeroShotImageClassification": "modeling_auto",
+    "FromTeacherMixin": "modeling_auto",
     "from_teacher": "modeling",
     "ShapeCandidate": "shapes.candidates",
     "find_shapes": "shapes.search",
@@ -170,7 +170,8 @@ if TYPE_CHECKING:
     from hf_guide.lelp.splitters.registry import register_splitter
     from hf_guide.lelp.targets import capture_targets
     from hf_guide.methods import InitializationConfig, InitializationMethod, register_method
-    from hf_guide.modeling import (
+    from hf_guide.modeling import from_teacher
+    from hf_guide.modeling_auto import (
         AutoStudent,
         AutoStudentForAudioClassification,
         AutoStudentForCausalLM,
@@ -192,7 +193,6 @@ if TYPE_CHECKING:
         AutoStudentForUniversalSegmentation,
         AutoStudentForZeroShotImageClassification,
         FromTeacherMixin,
-        from_teacher,
     )
     from hf_guide.signal_cache.config import CaptureConfig
     from hf_guide.signal_cache.reader import Capture

@@ -26,7 +26,7 @@ LAYERS = (
     ("shapes",),
     ("visualization",),
     ("hub",),
-    ("modeling",),
+    ("modeling", "modeling_auto"),
     ("data",),
     ("signal_cache",),
     ("distillation",),

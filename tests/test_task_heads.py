@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_guide.modeling import (
+from hf_guide import (
     AutoStudent,
     AutoStudentForImageClassification,
     AutoStudentForMaskedLM,

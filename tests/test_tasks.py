@@ -76,7 +76,7 @@ def test_every_task_has_a_class_that_makes_a_student(task: Task) -> None:
 @pytest.mark.parametrize("name", [name for name in hf_guide.__all__ if name.startswith("AutoStudent")])
 def test_a_class_that_makes_a_student_is_named_as_the_auto_class_of_transformers(name: str) -> None:
     auto_student = getattr(hf_guide, name)
-    assert auto_student.__name__ == name and auto_student.__module__ == "hf_guide.modeling"
+    assert auto_student.__name__ == name and auto_student.__module__ == "hf_guide.modeling_auto"
     assert auto_student.model_class is getattr(transformers, name.replace("AutoStudent", "AutoModel", 1))
 
 
