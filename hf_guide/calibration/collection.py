@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,33 +108,30 @@ def collect_calibration(
         TeacherError: Activations are not finite.
     """
     started = time.perf_counter()
-    _check_same_call(dataset, calibration_cache_dir, call or {})
+    check_same_call(dataset, calibration_cache_dir, call or {})
     layout = layout_for(teacher.config, teacher.model_class)
     model, weights = running_teacher(source, teacher, layout)
     modules = find_modules(model, layout)
-    num_tokens = config.calibration_tokens or default_num_tokens(mlp_width(modules, layout, model))
-    text: Tensor | None = None
-    if is_self_generated(dataset):
-        text = None if calibration_cache_dir is None else load_text(calibration_cache_dir)
-        if text is None:
-            with contextlib.nullcontext() if weights is None else weights.all_held():
-                text = generate_calibration_text(
-                    model, teacher, config, num_tokens=num_tokens, student=student, show_progress=show_progress
-                )
-        dataset = [{"input_ids": rows} for rows in text.split(config.calibration_batch_size)]
-    with raise_on_all_ranks(OptionError):
-        batches = load_calibration_batches(
-            dataset, model, teacher, config, num_tokens=num_tokens, student=student, **hub
-        )
-    _check_same_data(batches)
-    batches = _split_for_processes(batches, model, num_tokens)
+    data = read_calibration_data(
+        dataset,
+        model,
+        weights,
+        teacher,
+        layout,
+        config,
+        student=student,
+        calibration_cache_dir=calibration_cache_dir,
+        show_progress=show_progress,
+        **hub,
+    )
+    batches = split_for_processes(data.batches, data.token_limit)
     checkpoint = None
     if calibration_cache_dir is not None:
         checkpoint = CalibrationCheckpoint.begin(
             calibration_cache_dir, {**(call or {}), **describe_data(teacher, batches)}
         )
-        if text is not None:
-            checkpoint.save_text(text)
+        if data.text is not None:
+            checkpoint.save_text(data.text)
     store = StreamStore(config.activation_memory)
     store.check_space(_activation_bytes(modules, model, batches, refits=config.refit != Refit.NONE))
     sequential = SequentialModel(model, modules, local_shard(batches), "the teacher", store=store, weights=weights)
@@ -149,10 +146,77 @@ def collect_calibration(
         show_progress=show_progress,
     )
     seconds = time.perf_counter() - started
-    return CalibrationResult(sequential, statistics, seconds, text is not None, count_contexts(batches), checkpoint)
+    is_generated = data.text is not None
+    return CalibrationResult(sequential, statistics, seconds, is_generated, count_contexts(batches), checkpoint)
 
 
-def _check_same_call(dataset: Any, calibration_cache_dir: Path | None, call: Mapping[str, Any]) -> None:
+@dataclass(frozen=True)
+class CalibrationData:
+    """What a calibration dataset is read as, the same in all processes.
+
+    Attributes:
+        batches: For the teacher's forward pass.
+        num_tokens: How many were asked for.
+        text: What the teacher has generated, (rows, length); None of other data.
+        token_limit: `num_tokens` where they ended the reading; None where the dataset has no more.
+    """
+
+    batches: list[Batch]
+    num_tokens: int
+    text: Tensor | None
+    token_limit: int | None
+
+
+def read_calibration_data(
+    dataset: Any,
+    model: PreTrainedModel,
+    weights: BlockWeights | None,
+    teacher: TeacherCheckpoint,
+    layout: Layout,
+    config: CalibratedConfig,
+    *,
+    student: PreTrainedConfig | None = None,
+    calibration_cache_dir: Path | None = None,
+    show_progress: bool = False,
+    **hub: Any,
+) -> CalibrationData:
+    """Read a dataset into batches; text that the teacher is to generate is generated first.
+
+    Args:
+        dataset, teacher, config, student, show_progress, **hub: As in `collect_calibration`.
+        model, weights: The running teacher.
+        layout: Its layout.
+        calibration_cache_dir: Where text that was generated may be saved.
+
+    Raises:
+        OptionError: As `load_calibration_batches` and `generate_calibration_text`, or the dataset is not the same in all
+            processes.
+    """
+    num_tokens = config.calibration_tokens or default_num_tokens(mlp_width(find_modules(model, layout), layout, model))
+    text: Tensor | None = None
+    if is_self_generated(dataset):
+        text = None if calibration_cache_dir is None else load_text(calibration_cache_dir)
+        if text is None:
+            with all_held(weights):
+                text = generate_calibration_text(
+                    model, teacher, config, num_tokens=num_tokens, student=student, show_progress=show_progress
+                )
+        dataset = [{"input_ids": rows} for rows in text.split(config.calibration_batch_size)]
+    with raise_on_all_ranks(OptionError):
+        batches = load_calibration_batches(
+            dataset, model, teacher, config, num_tokens=num_tokens, student=student, **hub
+        )
+    _check_same_data(batches)
+    is_cut = sum(count_tokens(batch, model) for batch in batches) >= num_tokens
+    return CalibrationData(batches, num_tokens, text, num_tokens if is_cut else None)
+
+
+def all_held(weights: BlockWeights | None) -> contextlib.AbstractContextManager[None]:
+    """Keep all weights of a teacher that is read from files in memory for the duration of the block; None reads none."""
+    return contextlib.nullcontext() if weights is None else weights.all_held()
+
+
+def check_same_call(dataset: Any, calibration_cache_dir: Path | None, call: Mapping[str, Any]) -> None:
     """Check that all processes make the same student, in the same steps: otherwise they would sum tensors of other shapes."""
     steps = {
         "calibration_dataset": SELF_GENERATED if is_self_generated(dataset) else "data",
@@ -183,8 +247,13 @@ def _check_same_data(batches: list[Batch]) -> None:
         )
 
 
-def _split_for_processes(batches: list[Batch], model: PreTrainedModel, num_tokens: int) -> list[Batch]:
+def split_for_processes(batches: Sequence[Batch], token_limit: int | None, *, held_out: int = 0) -> list[Batch]:
     """Return the batches, the largest ones split between their rows until there is one for each process.
+
+    Args:
+        batches: The same in all processes.
+        token_limit: The number of tokens that ended the reading of the dataset, for the error; None where it ended itself.
+        held_out: How many more rows the dataset has, which are used for something else, for the error.
 
     Raises:
         OptionError: There are fewer rows than processes; names `calibration_tokens` where it ended the reading.
@@ -192,15 +261,16 @@ def _split_for_processes(batches: list[Batch], model: PreTrainedModel, num_token
     world_size, parts = rank_and_world_size()[1], list(batches)
     while len(parts) < world_size:
         sizes = [num_rows(batch) or 1 for batch in parts]
-        index, rows = sizes.index(max(sizes)), max(sizes)
-        if rows == 1:
-            is_cut = sum(count_tokens(batch, model) for batch in batches) >= num_tokens
+        if max(sizes, default=1) == 1:
+            without = f", without the {held_out} rows that are held out to compare with" if held_out else ""
+            advice = "pass more data" if token_limit is None else f"raise calibration_tokens above {token_limit}"
+            fewer = ", or start fewer processes" if world_size > 1 else ""
             raise OptionError(
-                f"calibration_dataset makes {len(parts)} batches that cannot be split, for {world_size} processes, and each "
-                f"needs one: {f'raise calibration_tokens above {num_tokens}' if is_cut else 'pass more data'}, or start fewer "
-                "processes."
+                f"calibration_dataset makes {len(parts)} batches that cannot be split{without}, for {world_size} "
+                f"process{'es' if world_size > 1 else ''}, and each needs one: {advice}{fewer}."
             )
-        half = rows // 2
+        index = sizes.index(max(sizes))
+        half = sizes[index] // 2
         rest = {name: value[half:] for name, value in parts[index].items()}
         parts[index : index + 1] = [first_rows(parts[index], half), rest]
     return parts

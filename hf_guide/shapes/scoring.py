@@ -6,7 +6,6 @@ few times one `from_teacher`. Where the user allows `search_steps`, the whole st
 again. With a folder, an interrupted search continues: only self-generated text is generated again.
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -21,20 +20,19 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from hf_guide.calibration.batches import Batch, first_rows, iter_rows, unpadded_ids
 from hf_guide.calibration.block_weights import BlockWeights
-from hf_guide.calibration.collection import CalibrationResult, collect_calibration, running_teacher
-from hf_guide.calibration.config import CalibratedConfig
-from hf_guide.calibration.data import (
-    default_num_tokens,
-    is_self_generated,
-    load_calibration_batches,
+from hf_guide.calibration.collection import (
+    CalibrationResult,
+    all_held,
+    check_same_call,
+    collect_calibration,
+    read_calibration_data,
+    running_teacher,
+    split_for_processes,
 )
+from hf_guide.calibration.config import CalibratedConfig
 from hf_guide.calibration.forward import calibration_mode, running_device
 from hf_guide.calibration.importance import BlockSelection
-from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.output_comparison import OutputComparison
-from hf_guide.calibration.self_generation import generate_calibration_text
-from hf_guide.calibration.statistics import mlp_width
-from hf_guide.errors import OptionError
 from hf_guide.initialization.registry import StudentSetup
 from hf_guide.initialization.student_shape import StudentShape
 from hf_guide.methods.calibrated import CalibratedMethod
@@ -117,9 +115,11 @@ class CalibratedScorer:
             what="Shapes",
             advice="Let `hf-guide shapes` rank them by its rule, without calibration data, and pass the sizes that it prints.",
         )
+        call = _describe_search(setup, config)
+        check_same_call(setup.calibration_dataset, folder, call)
         teacher, weights = running_teacher(setup.source, setup.teacher, setup.layout)
-        with _all_held(weights):
-            fitted, self.held_out = self._split(teacher)
+        with all_held(weights):
+            fitted, self.held_out = self._split(teacher, weights)
             self.reference = self._reference(teacher)
         self.calibration = collect_calibration(
             setup.source,
@@ -127,7 +127,7 @@ class CalibratedScorer:
             fitted,
             config,
             calibration_cache_dir=folder,
-            call=_describe_search(setup, config),
+            call=call,
             show_progress=setup.show_progress,
             **setup.hub,
         )
@@ -159,34 +159,23 @@ class CalibratedScorer:
         num_bytes = sum(len(str(tokenizer.decode(ids, skip_special_tokens=True)).encode()) for ids in rows)
         return self._losses(candidate, quick=True)[0] * sum(map(len, rows)) / max(num_bytes, 1) / math.log(2)
 
-    def _split(self, teacher: PreTrainedModel) -> tuple[list[Batch], list[Batch]]:
+    def _split(self, teacher: PreTrainedModel, weights: BlockWeights | None) -> tuple[list[Batch], list[Batch]]:
         """Return the batches that starts are calibrated on, and rows that only score."""
-        setup, config = self.setup, self.config
-        modules = find_modules(teacher, setup.layout)
-        self.num_tokens = num_tokens = config.calibration_tokens or default_num_tokens(
-            mlp_width(modules, setup.layout, teacher)
+        setup = self.setup
+        data = read_calibration_data(
+            setup.calibration_dataset,
+            teacher,
+            weights,
+            setup.teacher,
+            setup.layout,
+            self.config,
+            student=self.positions_of,
+            show_progress=setup.show_progress,
+            **setup.hub,
         )
-        dataset = setup.calibration_dataset
-        if is_self_generated(dataset):
-            text = generate_calibration_text(
-                teacher,
-                setup.teacher,
-                config,
-                num_tokens=num_tokens,
-                student=self.positions_of,
-                show_progress=setup.show_progress,
-            )
-            dataset = [{"input_ids": rows} for rows in text.split(config.calibration_batch_size)]
-        batches = load_calibration_batches(
-            dataset, teacher, setup.teacher, config, num_tokens=num_tokens, student=self.positions_of, **setup.hub
-        )
-        fitted, rows = split_examples(batches, HELD_OUT_SHARE)
-        if len(fitted) < rank_and_world_size()[1]:
-            raise OptionError(
-                f"calibration_dataset makes {len(batches)} batches, and the last of their examples are held out to score "
-                f"shapes; for {rank_and_world_size()[1]} processes that leaves {len(fitted)} to calibrate on. Pass more data, "
-                "or lower calibration_batch_size."
-            )
+        self.num_tokens = data.num_tokens
+        fitted, rows = split_examples(data.batches, HELD_OUT_SHARE)
+        fitted = split_for_processes(fitted, data.token_limit, held_out=len(rows))
         self.comparison.check_examples(len(rows))
         return fitted, [complete_inputs(teacher, self.comparison.task, row) for row in rows]
 
@@ -248,7 +237,7 @@ class CalibratedScorer:
         parameters = list(student.parameters())
         optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0)
         peak = SEARCH_LEARNING_RATE * min(1.0, SEARCH_RATE_WIDTH / (width_of_config(self.setup.teacher.config) or 1))
-        with calibration_mode(teacher), calibration_mode(student), _all_held(weights):
+        with calibration_mode(teacher), calibration_mode(student), all_held(weights):
             for step in range(steps):
                 optimizer.param_groups[0]["lr"] = peak * min((step + 1) / max(1, steps // 10), 1 - step / (steps + 1))
                 batch = batches[step % len(batches)]
@@ -287,11 +276,6 @@ class CalibratedScorer:
                 kept.append(self.comparison.outputs(teacher, row).cpu())
         self.held_out = self.held_out[: len(kept)]
         return kept
-
-
-def _all_held(weights: BlockWeights | None) -> contextlib.AbstractContextManager[None]:
-    """Keep all weights of a teacher that is read from files in memory for the duration of the block."""
-    return contextlib.nullcontext() if weights is None else weights.all_held()
 
 
 def _describe_search(setup: StudentSetup, config: CalibratedConfig) -> dict[str, Any]:
