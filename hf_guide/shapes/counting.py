@@ -164,19 +164,23 @@ def _group_parameters(
     probe: ModelProbe, fields: SizeFields, kept: Mapping[str, int], config: PreTrainedConfig, base: PreTrainedModel
 ) -> list[_Group]:
     sizes = {each.name: each.size for each in fields.fields}
-    slopes = _head_slopes(probe, kept, fields, base)
+    layout = layout_for(config, probe.model_class)
+    slopes = _head_slopes(probe, kept, fields, base, layout)
     slopes |= {
-        _Variable((each.name,)): _slopes(probe, kept, fields.moved_by(each), sizes, base, slopes)
+        _Variable((each.name,)): _slopes(probe, kept, fields.moved_by(each), sizes, base, slopes, layout)
         for each in fields.fields
         if each.role is not SizeRole.DEPTH and not fields.follows(each)
     }
     slopes |= {
-        _Variable((each.name,)): _depth_slopes(probe, kept, each, fields, base) for each in fields.of(SizeRole.DEPTH)
+        _Variable((each.name,)): _depth_slopes(probe, kept, each, fields, base, layout)
+        for each in fields.of(SizeRole.DEPTH)
     }
-    layout, head = layout_for(config, probe.model_class), _tied_table(base)
-    occurrences = Counter(_without_index(name, fields) for name, _ in base.named_parameters())
+    table = _tied_table(base)
+    head = next((name for name, parameter in base.named_parameters() if parameter is table), None)
+    lengths = _lengths(base, layout)
+    occurrences = Counter(_without_index(name, fields) for name in lengths)
     groups: Counter[tuple[object, ...]] = Counter()
-    for name, parameter in base.named_parameters():
+    for name, of_parameter in lengths.items():
         relative = strip_base_prefix(name, base.base_model_prefix)
         depth = next((field for prefix, field in fields.stacks.items() if relative.startswith(prefix)), None)
         if (
@@ -184,12 +188,12 @@ def _group_parameters(
         ):  # of one block alone, such as T5's table of relative positions
             depth = None
         dimensions = []
-        for dim, length in enumerate(parameter.shape):
+        for dim, length in enumerate(of_parameter):
             found = tuple((each, by_name[name][dim]) for each, by_name in slopes.items() if by_name[name][dim])
             constant = length - sum(slope * variable(sizes) for variable, slope in found)
             dimensions.append((constant, found))
         is_expert, is_lookup = _kind_of(layout, relative)
-        groups[(depth, tuple(dimensions), is_expert, is_lookup, parameter is head)] += 1
+        groups[(depth, tuple(dimensions), is_expert, is_lookup, name == head)] += 1
     return [
         _Group(count, depth, dimensions, is_expert, is_lookup, is_head)  # type: ignore[arg-type]
         for (depth, dimensions, is_expert, is_lookup, is_head), count in groups.items()
@@ -206,7 +210,7 @@ def _without_index(name: str, fields: SizeFields) -> str:
 
 
 def _head_slopes(
-    probe: ModelProbe, kept: Mapping[str, int], fields: SizeFields, base: PreTrainedModel
+    probe: ModelProbe, kept: Mapping[str, int], fields: SizeFields, base: PreTrainedModel, layout: Layout
 ) -> dict[_Variable, _Lengths]:
     """Return the slopes in the size of a head, and in that times the number of key/value heads, where it follows the width.
 
@@ -222,7 +226,7 @@ def _head_slopes(
     for heads in fields.of(SizeRole.HEADS):
         mixed = None
         for number in (each for each in _other_values(heads.size) if width.size % each == 0):
-            mixed = _mixed_difference(probe, kept, wider, {heads.name: number}, base)
+            mixed = _mixed_difference(probe, kept, wider, {heads.name: number}, base, layout)
             if mixed is not None:
                 break
         if mixed is None:
@@ -232,7 +236,7 @@ def _head_slopes(
         in_groups = {name: (0.0,) * len(lengths) for name, lengths in multiples.items()}
         for other in _other_values(groups.size) if groups is not None and _any(multiples) else ():
             assert groups is not None
-            moved = _mixed_difference(probe, {**kept, groups.name: other}, wider, {heads.name: number}, base)
+            moved = _mixed_difference(probe, {**kept, groups.name: other}, wider, {heads.name: number}, base, layout)
             if moved is not None:
                 step = unit * (other - groups.size)
                 in_groups = {
@@ -258,13 +262,14 @@ def _mixed_difference(
     first: Mapping[str, int],
     second: Mapping[str, int],
     base: PreTrainedModel,
+    layout: Layout,
 ) -> _Lengths | None:
     """Return how much more lengths change with two changes than with each alone; None where one makes no such model."""
     corners = []
     for changes in ({**first, **second}, first, second, {}):
         built = probe.build({**kept, **changes})
-        lengths = None if built is None else _lengths(built[1])
-        if lengths is None or lengths.keys() != _lengths(base).keys():
+        lengths = None if built is None else _lengths(built[1], layout)
+        if lengths is None or lengths.keys() != _lengths(base, layout).keys():
             return None
         corners.append(lengths)
     both, one, other, neither = corners
@@ -276,8 +281,24 @@ def _mixed_difference(
     }
 
 
-def _lengths(model: PreTrainedModel) -> _Lengths:
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+def _lengths(model: PreTrainedModel, layout: Layout) -> _Lengths:
+    """Return the lengths of each parameter; those that are one for each head, as one with an axis of heads in front.
+
+    Their number follows that of the heads: StableLM may have a norm for each.
+    """
+    numbered = [row.expression for row in layout.rows if row.expression.groupindex.keys() - {"block", "parameter"}]
+    lengths: _Lengths = {}
+    for name, parameter in model.named_parameters():
+        relative = strip_base_prefix(name, model.base_model_prefix)
+        matched = next((found for each in numbered if (found := each.fullmatch(relative))), None)
+        if matched is None:
+            lengths[name] = tuple(parameter.shape)
+            continue
+        (placeholder,) = matched.groupdict().keys() - {"block", "parameter"}
+        start, end = (index - len(relative) or len(name) for index in matched.span(placeholder))
+        stacked = f"{name[:start]}*{name[end:]}"
+        lengths[stacked] = (lengths.get(stacked, (0,))[0] + 1, *parameter.shape)
+    return lengths
 
 
 def _any(lengths: _Lengths) -> bool:
@@ -300,6 +321,7 @@ def _slopes(
     sizes: Mapping[str, int],
     base: PreTrainedModel,
     known: Mapping[_Variable, _Lengths],
+    layout: Layout,
 ) -> _Lengths:
     """Return, by parameter, the slope of each dimension in one field, and in those that are always equal to it.
 
@@ -310,16 +332,17 @@ def _slopes(
         sizes: The teacher's size of every field.
         base: The model of these.
         known: Slopes in other variables, whose part of a change is not the field's own.
+        layout: The family's.
 
     Raises:
         LayoutError: No other value of the field makes a model with the same parameters.
     """
-    lengths, size = _lengths(base), sizes[names[0]]
+    lengths, size = _lengths(base, layout), sizes[names[0]]
     for other in _other_values(size):
         built = probe.build({**kept, **dict.fromkeys(names, other)})
         if built is None:
             continue
-        changed = _lengths(built[1])
+        changed = _lengths(built[1], layout)
         if changed.keys() == lengths.keys():
             moved = {**sizes, **dict.fromkeys(names, other)}
             steps = [(variable(moved) - variable(sizes), by_name) for variable, by_name in known.items()]
@@ -339,13 +362,18 @@ def _slopes(
 
 
 def _depth_slopes(
-    probe: ModelProbe, kept: Mapping[str, int], depth: SizeField, fields: SizeFields, base: PreTrainedModel
+    probe: ModelProbe,
+    kept: Mapping[str, int],
+    depth: SizeField,
+    fields: SizeFields,
+    base: PreTrainedModel,
+    layout: Layout,
 ) -> _Lengths:
     """Return, by parameter, the slope of each dimension in a depth; not 0 only of parameters outside of the stacks.
 
     One of them may have an entry for each block, as the position embeddings that YOLOS adds between its blocks.
     """
-    lengths = _lengths(base)
+    lengths = _lengths(base, layout)
     slopes = {name: (0.0,) * len(each) for name, each in lengths.items()}
     built = next(
         (found for other in _other_values(depth.size) if (found := probe.build({**kept, depth.name: other}))), None
@@ -354,7 +382,7 @@ def _depth_slopes(
         return slopes
     config, model = built
     step = getattr(config, depth.name) - depth.size
-    for name, changed in _lengths(model).items():
+    for name, changed in _lengths(model, layout).items():
         is_of_block = strip_base_prefix(name, base.base_model_prefix).startswith(tuple(fields.stacks))
         if not is_of_block and len(changed) == len(lengths.get(name, ())):
             slopes[name] = tuple((new - old) / step for old, new in zip(lengths[name], changed, strict=True))

@@ -46,8 +46,12 @@ def test_too_few_rows_are_an_error_that_names_what_ended_the_reading(
     found: dict[str, list[Any]], name: str, advice: str
 ) -> None:
     first, second = found[name]
-    assert first == second and first.startswith("OptionError: calibration_dataset makes 1 batches that cannot be split")
-    assert f"without the 1 rows that are held out to compare with, for 2 processes, and each needs one: {advice}" in first
+    assert first == second and first.startswith(
+        "OptionError: calibration_dataset makes 1 batches that cannot be split"
+    )
+    assert (
+        f"without the 1 rows that are held out to compare with, for 2 processes, and each needs one: {advice}" in first
+    )
 
 
 def test_other_data_in_each_process_are_an_error_before_any_is_generated(found: dict[str, list[Any]]) -> None:

@@ -13,12 +13,21 @@ REFUSED = {
     "clip": "is made of several models",
     "siglip": "is made of several models",
     "segformer": "stages of several widths",
-    "stablelm-tied-qk-norm-parallel": "depend on num_attention_heads could not be found",  # a norm for each head
 }
 COARSE = ("layoutlm", "bart", "plbart", "mvp", "blenderbot-small", "bloom-normed-residual")
 """Families of which these small shapes have sizes too far apart for 40 %."""
 
-QUICK = ("bart", "mt5", "whisper-classifier", "qwen2_moe", "deepseek_v3", "olmo2", "modernbert", "vit")
+QUICK = (
+    "bart",
+    "stablelm-tied-qk-norm-parallel",
+    "mt5",
+    "whisper-classifier",
+    "qwen2_moe",
+    "deepseek_v3",
+    "olmo2",
+    "modernbert",
+    "vit",
+)
 """Others are slow: two seconds each."""
 
 
