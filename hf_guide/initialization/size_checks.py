@@ -136,14 +136,19 @@ def _check_number(name: str, value: Any, teacher_value: int, *, bounded: bool, d
     if teacher_value >= 1 > value:
         raise ShapeError(f"{name} must be at least 1, not {value}; the teacher's is {teacher_value}.")
     if bounded and value > max(MAX_SIZE_RATIO * teacher_value, deepest) and teacher_value >= 1:
-        repeated = (
-            " To repeat blocks, name the teacher's block that feeds each with layer_selection=[...]."
-            if _DEPTH.search(name)
-            else ""
-        )
-        raise ShapeError(
-            f"The student's {name} is {value}, its teacher's {teacher_value}: it must be 1 to {teacher_value}.{repeated}"
-        )
+        raise too_large_error(name, value, teacher_value)
+
+
+def too_large_error(name: str, value: int, teacher_value: int) -> ShapeError:
+    """Return the error of a size above the teacher's; of a number of blocks it states how to repeat them."""
+    repeated = (
+        " To repeat blocks, name the teacher's block that feeds each with layer_selection=[...]."
+        if _DEPTH.search(name)
+        else ""
+    )
+    return ShapeError(
+        f"The student's {name} is {value}, its teacher's {teacher_value}: it must be 1 to {teacher_value}.{repeated}"
+    )
 
 
 def _check_list(name: str, value: Any, teacher_value: list[int], teacher: PreTrainedConfig) -> None:

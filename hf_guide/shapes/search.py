@@ -17,7 +17,7 @@ from hf_guide.errors import HfGuideError, OptionError, ShapeError
 from hf_guide.initialization.config import InitializationConfig
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup, make_method
 from hf_guide.initialization.report import format_count
-from hf_guide.initialization.size_checks import check_initialization, check_requested_sizes, is_size
+from hf_guide.initialization.size_checks import check_initialization, check_requested_sizes, is_size, too_large_error
 from hf_guide.initialization.student_config import derive_student_config, is_head_size
 from hf_guide.initialization.student_shape import (
     StudentShape,
@@ -183,9 +183,7 @@ class ShapeSearch:
         for each in self.size_fields.fields:
             size = self._fixed.get(each.name, 0)
             if each.role is not SizeRole.DEPTH and isinstance(size, int) and size > each.size:
-                raise ShapeError(
-                    f"The student's {each.name} is {size}, its teacher's {each.size}: it must be 1 to {each.size}."
-                )
+                raise too_large_error(each.name, size, each.size)
 
     def _best_unlike(self, enumerator: ShapeEnumerator, grid: ShapeGrid, probe: ModelProbe) -> list[ShapeCandidate]:
         """Return the shapes of the best rule scores that can be built, none like one before it.
