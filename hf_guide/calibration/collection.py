@@ -134,7 +134,7 @@ def collect_calibration(
             checkpoint.save_text(data.text)
     store = StreamStore(config.activation_memory)
     store.check_space(_activation_bytes(modules, model, batches, refits=config.refit != Refit.NONE))
-    sequential = SequentialModel(model, modules, local_shard(batches), "the teacher", store=store, weights=weights)
+    sequential = SequentialModel(model, modules, local_shard(batches), is_teacher=True, store=store, weights=weights)
     statistics = collect_statistics(
         model,
         modules,

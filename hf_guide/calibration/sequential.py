@@ -30,7 +30,7 @@ from hf_guide.models.hooks import (
     register_input_hook,
     removable_hooks,
 )
-from hf_guide.teachers.forward import unreadable_batch_error
+from hf_guide.teachers.forward import unreadable_as_teacher_error
 from hf_guide.utils.memory import return_freed_memory
 
 _UNREADABLE_ADVICE = (
@@ -96,7 +96,7 @@ class SequentialBlocks:
         model: The model that the blocks are part of.
         blocks: The blocks of the stack, in order.
         batches: The calibration batches of this process.
-        name: What errors call the model.
+        is_teacher: Whether it is the teacher, and not its student; errors name it so.
         store: Where hidden states are kept; None keeps them in memory.
         weights: What loads the blocks' weights; None if they are in memory.
         following: Modules that may run after the blocks, at which a comparison of what follows may end.
@@ -119,15 +119,16 @@ class SequentialBlocks:
         model: PreTrainedModel,
         blocks: Sequence[nn.Module],
         batches: Sequence[Batch],
-        name: str,
         *,
+        is_teacher: bool,
         store: StreamStore | None = None,
         weights: BlockWeights | None = None,
         following: Sequence[nn.Module] = (),
         replay: Callable[[int, int | None], contextlib.AbstractContextManager[None]] | None = None,
         structure: StackStructure | None = None,
     ):
-        self.model, self.blocks, self.batches, self.name = model, list(blocks), batches, name
+        self.model, self.blocks, self.batches = model, list(blocks), batches
+        self.is_teacher, self.name = is_teacher, _name(is_teacher)
         self.store, self.weights = store, weights
         self._following = list(following)
         self._replay = replay or (lambda batch, rows: contextlib.nullcontext())
@@ -219,7 +220,7 @@ class SequentialBlocks:
                 handles.append(block.register_forward_hook(after, with_kwargs=True, prepend=True))
             for block in self._following if verifies or to_end else ():
                 handles.append(block.register_forward_pre_hook(follow, with_kwargs=True, prepend=True))
-            with _unreadable_as_teacher_error(self.model, self.batches[batch], self.name):
+            with _reading(self.model, self.batches[batch], is_teacher=self.is_teacher):
                 outputs = forward_no_cache(self.model, first_rows(self.batches[batch], rows))
         if trace.after is None:
             trace.after = outputs
@@ -312,7 +313,7 @@ class SequentialModel:
         model: The model.
         modules: Its modules, from `find_modules`.
         batches: The calibration batches of this process.
-        name: What errors call the model.
+        is_teacher: Whether it is the teacher, and not its student; errors name it so.
         store: Where hidden states are kept; None keeps them in memory.
         weights: What loads the blocks' weights; None if they are in memory.
 
@@ -329,12 +330,13 @@ class SequentialModel:
         model: PreTrainedModel,
         modules: ModuleMap,
         batches: Sequence[Batch],
-        name: str,
         *,
+        is_teacher: bool,
         store: StreamStore | None = None,
         weights: BlockWeights | None = None,
     ):
-        self.model, self.stacks, self.batches, self.name = model, modules.blocks, batches, name
+        self.model, self.stacks, self.batches = model, modules.blocks, batches
+        self.is_teacher, self.name = is_teacher, _name(is_teacher)
         self._modules, self._heads = modules, modules.language_heads
         self.store, self.weights = store, weights
         self.finished: dict[str, Streams] = {}
@@ -377,7 +379,7 @@ class SequentialModel:
                     self.model,
                     self.stacks[stack],
                     self.batches,
-                    self.name,
+                    is_teacher=self.is_teacher,
                     store=self.store,
                     weights=self.weights,
                     following=[*others, *self._heads],
@@ -531,7 +533,7 @@ class SequentialModel:
             ends += [(stack, block) for stack in waiting for block in self.stacks[stack]]
             for name, module in ends:
                 handles.append(module.register_forward_pre_hook(lambda *args, s=name: stop(s), prepend=True))
-            with self._replay(0, 1), _unreadable_as_teacher_error(self.model, self.batches[0], self.name):
+            with self._replay(0, 1), _reading(self.model, self.batches[0], is_teacher=self.is_teacher):
                 forward_no_cache(self.model, first_rows(self.batches[0], 1))
         if not first:
             never = UnsupportedBlockStructure(f"{self.name}: its blocks run in the order [].")
@@ -559,22 +561,19 @@ class SequentialModel:
         return is_new
 
 
-@contextlib.contextmanager
-def _unreadable_as_teacher_error(model: PreTrainedModel, batch: Batch, name: str) -> Iterator[None]:
-    """Raise a `TeacherError` with the shapes of a batch where a model cannot run on it.
+def _name(is_teacher: bool) -> str:
+    """Return what errors call a model."""
+    return "the teacher" if is_teacher else "the student"
+
+
+def _reading(model: PreTrainedModel, batch: Batch, *, is_teacher: bool) -> contextlib.AbstractContextManager[None]:
+    """Raise a `TeacherError` with the shapes of a batch where a teacher cannot run on it; a student reads what it has read.
 
     Only for passes whose hooks record alone: what they compute must not be taken for the model's error.
     """
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except (ValueError, RuntimeError, IndexError, TypeError, AttributeError) as error:  # of Transformers or torch
-        if isinstance(error, HfGuideError) or name != "the teacher":  # a student reads what its teacher has read
-            raise
-        raise unreadable_batch_error(
-            model, batch, error, source="calibration_dataset", advice=_UNREADABLE_ADVICE
-        ) from error
+    if not is_teacher:
+        return contextlib.nullcontext()
+    return unreadable_as_teacher_error(model, batch, source="calibration_dataset", advice=_UNREADABLE_ADVICE)
 
 
 def _nearly_equal(first: Any, second: Any) -> bool:

@@ -106,7 +106,7 @@ def collect_statistics(
             are not finite.
     """
     if sequential is None:
-        sequential = SequentialModel(model, modules, local_shard(batches), "the teacher")
+        sequential = SequentialModel(model, modules, local_shard(batches), is_teacher=True)
     collector = _StatisticsCollector(sequential, modules, layout)
     done, is_complete = collector.resume(checkpoint)
     if not is_complete:

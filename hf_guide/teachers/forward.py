@@ -7,16 +7,17 @@ Does not: load a teacher (`loading.py`), or decide how a batch becomes what the 
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.errors import HfGuideError, TaskError, TeacherError
+from hf_guide.errors import TaskError, TeacherError
 from hf_guide.models.adapters import check_no_virtual_tokens, forward_parameters, without_adapter
 from hf_guide.models.layer_mapping import depth_of_config, hidden_states_of, width_of_config
 from hf_guide.models.lm_head import LMHead, find_lm_head, skip_lm_head
@@ -43,9 +44,11 @@ _TARGET_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positi
 """Inputs by which a model would compute a loss of its own."""
 
 _SAME_INPUTS_ADVICE = (
-    "Both must read the same pixels and tokens: use a teacher with the student's image size and number of tokens for an "
-    "image."
+    "Both must read the same batches: use a teacher with the student's inputs, vocabulary, image size and number of tokens "
+    "for an image."
 )
+
+_ERRORS_OF_BATCHES = (ValueError, RuntimeError, IndexError, KeyError, TypeError, AttributeError)
 
 _SPAN_LABELS = ("start_positions", "end_positions")
 
@@ -106,7 +109,7 @@ def forward_outputs(
         normalized_patches: Whether patches of masked images are to have mean 0 and variance 1; None as the model has them.
 
     Raises:
-        TeacherError: The batch cannot be converted to what the teacher expects.
+        TeacherError: The batch cannot be converted to what the teacher expects, or it cannot run on it.
         OptionError: Its rows have several texts each, which the teacher would mix.
     """
     bare = without_adapter(extract_model_from_parallel(model, keep_torch_compile=False))
@@ -140,12 +143,8 @@ def forward_outputs(
             captured = stack.enter_context(capture_head_inputs(find_classifier(bare, task)))
         if head is not None:
             stack.enter_context(skip_lm_head(bare, head, head_inputs.append))
-        try:
+        with unreadable_as_teacher_error(bare, converted | model_inputs):  # what it does not read may be why
             outputs = model(**model_inputs, **options)
-        except HfGuideError:
-            raise
-        except ValueError as error:  # of Transformers' own checks of sizes
-            raise unreadable_batch_error(bare, model_inputs, error) from error
     if features and not has_head:
         captured = [embed(bare, last_hidden_state(outputs), converted)]
     canonical = task_logits(task, outputs, converted, head_outputs) if logits else torch.empty(0)
@@ -197,28 +196,32 @@ def check_item_axes(task: Task, outputs: Tensor, mask: Tensor, role: str) -> Non
     )
 
 
-def unreadable_batch_error(
-    teacher: Any,
-    inputs: Mapping[str, Any],
-    error: Exception,
-    *,
-    source: str = "the student's",
-    advice: str = _SAME_INPUTS_ADVICE,
-) -> TeacherError:
-    """Return the error of a teacher whose forward pass raised one, with the shapes of its inputs.
+@contextlib.contextmanager
+def unreadable_as_teacher_error(
+    teacher: Any, inputs: Mapping[str, Any], *, source: str = "the student's", advice: str = _SAME_INPUTS_ADVICE
+) -> Iterator[None]:
+    """Raise a `TeacherError` with the shapes of its inputs where a teacher's forward pass cannot run on them.
+
+    Only the errors of Python, Transformers and torch that a batch may cause are: ids beyond a table are an `IndexError`,
+    other shapes a `RuntimeError` or `ValueError`, missing inputs a `TypeError` or `AttributeError`. Their subclasses, as of
+    a lost device, a compiler or memory that ran out, are not the batch's fault and come out as they are.
 
     Args:
         teacher: The model.
         inputs: The batch.
-        error: What it raised.
         source: Whose batch it is.
         advice: What to do, a sentence.
     """
-    shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
-    name = getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__
-    return TeacherError(
-        f"The teacher {name} cannot read a batch of {source}, {shapes}: {str(error).rstrip('.')}. {advice}"
-    )
+    try:
+        yield
+    except _ERRORS_OF_BATCHES as error:
+        if type(error) not in _ERRORS_OF_BATCHES or should_reduce_batch_size(error) or "CUDA error" in str(error):
+            raise
+        shapes = {name: tuple(value.shape) for name, value in inputs.items() if isinstance(value, Tensor)}
+        name = getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__
+        raise TeacherError(
+            f"The teacher {name} cannot read a batch of {source}, {shapes}: {str(error).rstrip('.')}. {advice}"
+        ) from error
 
 
 def align_logits(logits: Tensor, classes: int | None, order: list[int] | None) -> Tensor:

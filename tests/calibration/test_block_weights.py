@@ -231,7 +231,7 @@ def test_a_model_that_needs_more_than_the_last_hidden_states_runs_as_a_whole(tmp
     for each in (teacher, model):
         add_a_skip(each.model)
     modules = find_modules(model, layout_of(teacher))
-    sequential = SequentialModel(model, modules, token_batches(), "the teacher", weights=weights)
+    sequential = SequentialModel(model, modules, token_batches(), is_teacher=True, weights=weights)
     with torch.no_grad():
         for index, batch in enumerate(token_batches()):
             torch.testing.assert_close(sequential.forward(index).logits, teacher(**batch).logits)

@@ -127,7 +127,7 @@ def test_the_importance_of_an_expert_is_its_squared_output_over_the_tokens_route
         bases: dict[str, Tensor] = {}
 
     found = collect_expert_importance(
-        SequentialModel(model, find_modules(model, layout_of(model)), batches, "the teacher"),
+        SequentialModel(model, find_modules(model, layout_of(model)), batches, is_teacher=True),
         {ref.name: ref},
         Whole(),
     )[ref.name]  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ def fit_steps_of(model: transformers.PreTrainedModel, inputs: dict[str, Tensor])
     layout = variant_for(registered_layouts()[model.config.model_type], model.config)
     modules = find_modules(model, layout)
     (stack,) = modules.blocks
-    blocks = SequentialBlocks(model, modules.blocks[stack], [inputs], "the model")
+    blocks = SequentialBlocks(model, modules.blocks[stack], [inputs], is_teacher=True)
     steps = fit_order(blocks, modules, stack, 0, set(modules.linear), [])
     return [([ref.name.rpartition(".")[2] for ref in step.refs], step.observed_at) for step in steps]
 
@@ -103,7 +103,7 @@ def test_the_errors_in_the_report_are_those_of_the_finished_student(
     (state,) = states
     reported = student.initialization_report.calibration["residual_error"]
     runs = [
-        SequentialModel(run.model, find_modules(run.model, state.plan.layout), run.batches, run.name)
+        SequentialModel(run.model, find_modules(run.model, state.plan.layout), run.batches, is_teacher=run.is_teacher)
         for run in (state.teacher_run, state.student_run)
     ]
     stacks = runs[1].stacks_in_order()

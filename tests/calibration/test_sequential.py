@@ -12,7 +12,7 @@ def test_blocks_that_run_more_than_once_are_not_supported() -> None:
     model = KINDS["llama"].teacher()
     model.model.layers[1] = model.model.layers[0]
     with pytest.raises(UnsupportedBlockStructure, match="order"):
-        SequentialBlocks(model, list(model.model.layers), [{"input_ids": torch.arange(3, 12)[None]}], "the model")
+        SequentialBlocks(model, list(model.model.layers), [{"input_ids": torch.arange(3, 12)[None]}], is_teacher=True)
 
 
 def test_other_arguments_are_recorded_without_running_the_blocks_again() -> None:
@@ -37,7 +37,7 @@ def test_other_arguments_are_recorded_without_running_the_blocks_again() -> None
     blocks, run = list(model.model.layers), []
     for block in blocks:
         block.mlp.register_forward_pre_hook(lambda module, args: run.append(module))
-    sequential = SequentialBlocks(model, blocks, batches, "the model")
+    sequential = SequentialBlocks(model, blocks, batches, is_teacher=True)
     assert len(run) == 2 * len(blocks)  # the first batch, and the first again a block at a time
     assert not any("forward" in vars(block) for block in blocks)
     while sequential.next < len(blocks):
@@ -54,7 +54,7 @@ def test_arguments_that_depend_on_the_blocks_are_recorded_on_every_batch() -> No
     for block in model.encoder.block:
         block.layer[1].register_forward_pre_hook(lambda module, args: run.append(module))
     batches = [{"input_ids": row[None], "decoder_input_ids": row[None]} for row in torch.randint(3, 90, (3, 9))]
-    sequential = SequentialBlocks(model, list(model.encoder.block), batches, "the model")
+    sequential = SequentialBlocks(model, list(model.encoder.block), batches, is_teacher=True)
     assert len(run) == (len(batches) + 2) * len(model.encoder.block)
     assert len(sequential.hidden_states) == len(batches)
 
