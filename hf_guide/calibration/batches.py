@@ -130,6 +130,21 @@ def _count_frames(batch: Batch, model: PreTrainedModel) -> Tensor | None:
     return num_frames(model, torch.full((len(sounds),), sounds.shape[2 if is_transposed else 1]))
 
 
+def frame_padding_mask(batch: Batch, model: PreTrainedModel) -> Tensor | None:
+    """Return which frames of sounds are not padding, (rows, frames); None of other batches, or where there is no padding.
+
+    Args:
+        batch: The inputs. Their mask is one of samples, or of the vectors of a spectrogram.
+        model: Of which they are the inputs.
+    """
+    mask = batch.get("attention_mask")
+    if not has_sounds(batch) or mask is None or bool(mask.all()):
+        return None
+    lengths = _count_frames(batch, model)
+    total = num_frames(model, torch.tensor(mask.shape[-1]))
+    return None if lengths is None or total is None else torch.arange(int(total)) < lengths[:, None]
+
+
 def padding_mask(batch: Batch, ids: str = "input_ids") -> Tensor | None:
     """Return which tokens are not padding, (rows, length), of several choices (rows * choices, length); None without a mask.
 

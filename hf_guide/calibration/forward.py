@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_guide.calibration.batches import Batch, num_rows, padding_mask
+from hf_guide.calibration.batches import Batch, frame_padding_mask, num_rows, padding_mask
 from hf_guide.calibration.modules import ModuleRef
 from hf_guide.models.hooks import StopForward
 from hf_guide.models.modes import eager_experts, eval_mode, without_cache
@@ -87,23 +87,29 @@ def is_decoder_stack(name: str, config: PreTrainedConfig) -> bool:
     return bool(config.is_encoder_decoder) and ("decoder" in name or "encoder" not in name)
 
 
-def drop_padding(activations: Tensor, batch: Batch, *, of_decoder: bool = False) -> Tensor:
+def drop_padding(
+    activations: Tensor, batch: Batch, model: PreTrainedModel | None, *, of_decoder: bool = False
+) -> Tensor:
     """Return the rows that are not padding, (tokens, width).
 
     Args:
         activations: (batch, length, width), or (batch * length, width) as inside of a mixture of experts.
         batch: The inputs, with the masks.
+        model: Of which they are the inputs, and which makes frames of sounds; None where there are no sounds.
         of_decoder: Whether the tokens are the decoder's, which have a mask of their own.
 
     Example:
         >>> batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
-        >>> drop_padding(torch.zeros(2, 3, 8), batch).shape
+        >>> drop_padding(torch.zeros(2, 3, 8), batch, None).shape
         torch.Size([3, 8])
     """
-    mask = padding_mask(batch, "decoder_input_ids" if of_decoder else "input_ids")
     rows = activations.reshape(-1, activations.shape[-1])
-    if mask is not None and activations.shape[:-1] in (mask.shape, (mask.numel(),)):
-        return rows[mask.to(activations.device).bool().flatten()]
+    masks = [padding_mask(batch, "decoder_input_ids" if of_decoder else "input_ids")]
+    if model is not None and not of_decoder:
+        masks.append(frame_padding_mask(batch, model))
+    for mask in masks:
+        if mask is not None and activations.shape[:-1] in (mask.shape, (mask.numel(),)):
+            return rows[mask.to(activations.device).bool().flatten()]
     return rows
 
 
@@ -139,25 +145,32 @@ def _filled_examples(batch: Batch) -> Tensor | None:
     return torch.ones(count, dtype=torch.bool) if mask is None else mask.bool().reshape(count, -1).any(1)
 
 
-def held_out_rows(activations: Tensor, batch: Batch, examples: Tensor | None, *, of_decoder: bool = False) -> Tensor:
+def held_out_rows(
+    activations: Tensor,
+    batch: Batch,
+    model: PreTrainedModel | None,
+    examples: Tensor | None,
+    *,
+    of_decoder: bool = False,
+) -> Tensor:
     """Return which of the rows that `drop_padding` returns choose the ridges of fits, (tokens,) bool.
 
     Args:
         activations: As of `drop_padding`.
-        batch: The inputs, with the masks.
+        batch, model: As of `drop_padding`.
         examples: Which examples of the batch do, (examples,) bool. None, or another number of examples than the activations
             can be split into, takes the last quarter of the rows.
         of_decoder: As of `drop_padding`.
 
     Example:
         >>> batch = {"attention_mask": torch.tensor([[1, 1, 0], [1, 0, 0]])}
-        >>> held_out_rows(torch.zeros(2, 3, 8), batch, torch.tensor([False, True]))
+        >>> held_out_rows(torch.zeros(2, 3, 8), batch, None, torch.tensor([False, True]))
         tensor([False, False,  True])
     """
     shape = activations.shape[:-1]
     count = shape.numel()
     if examples is not None and count % len(examples) == 0:
         rows = examples.to(activations.device).repeat_interleave(count // len(examples))
-        return drop_padding(rows.reshape(*shape, 1), batch, of_decoder=of_decoder).flatten()
-    kept = len(drop_padding(activations, batch, of_decoder=of_decoder))
+        return drop_padding(rows.reshape(*shape, 1), batch, model, of_decoder=of_decoder).flatten()
+    kept = len(drop_padding(activations, batch, model, of_decoder=of_decoder))
     return torch.arange(kept, device=activations.device) >= kept - kept // HELD_OUT_EVERY

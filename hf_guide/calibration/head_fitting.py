@@ -221,7 +221,9 @@ class HeadFitter:
             batch = first_rows(whole_batch, rows)
             student_inputs = self._head_inputs(state.student_run, self.student, index, rows)
             outputs = state.teacher_run.forward(index, rows)
-            logits = drop_padding(outputs.logits, batch, of_decoder=state.teacher.config.is_encoder_decoder)
+            logits = drop_padding(
+                outputs.logits, batch, state.teacher, of_decoder=state.teacher.config.is_encoder_decoder
+            )
             for part, teacher_part in zip(
                 student_inputs.split(TOKENS_AT_A_TIME), logits.split(TOKENS_AT_A_TIME), strict=True
             ):
@@ -319,7 +321,7 @@ class HeadFitter:
             state.teacher_run.forward(index)
         of_decoder = state.teacher.config.is_encoder_decoder
         stream, head_inputs = (
-            drop_padding(each, state.batches[index], of_decoder=of_decoder) for each in recorded[-2:]
+            drop_padding(each, state.batches[index], state.teacher, of_decoder=of_decoder) for each in recorded[-2:]
         )
         return stream, head_inputs
 
@@ -328,7 +330,7 @@ class HeadFitter:
         inputs = run.capture_input(ref.module, index, rows)
         assert inputs is not None  # it computes the logits
         batch = first_rows(self.state.batches[index], rows)
-        return drop_padding(inputs, batch, of_decoder=self.state.teacher.config.is_encoder_decoder)
+        return drop_padding(inputs, batch, self.state.teacher, of_decoder=self.state.teacher.config.is_encoder_decoder)
 
 
 @contextlib.contextmanager

@@ -336,7 +336,9 @@ def collect_expert_importance(
     batch: Batch = {}
 
     def add(ref: ModuleRef, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tokens, expert_indices, weights = (drop_padding(each, batch) for each in (*args, *kwargs.values()))
+        tokens, expert_indices, weights = (
+            drop_padding(each, batch, sequential.model) for each in (*args, *kwargs.values())
+        )
         matrix = plan.bases.get(ref.axis)
         sums = importance[ref.name]
         for expert in range(len(sums)):

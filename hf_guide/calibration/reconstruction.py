@@ -289,7 +289,7 @@ class BlockReconstructor:
     ) -> None:
         state, of_decoder = self.state, reads_decoder_tokens(ref, self.state.student.config)
         x, y = (
-            append_bias_column(drop_padding(each, state.batches[batch], of_decoder=of_decoder), True)
+            append_bias_column(drop_padding(each, state.batches[batch], state.teacher, of_decoder=of_decoder), True)
             for each in (student_inputs, teacher_inputs)
         )
         if not sums:
@@ -372,7 +372,7 @@ class BlockReconstructor:
         for batch, teacher_stream in enumerate(targets):
             inputs, stream = self._run_output_projection(student, step, batch)
             x, student_stream, target = (
-                drop_padding(each, state.batches[batch], of_decoder=of_decoder)
+                drop_padding(each, state.batches[batch], state.teacher, of_decoder=of_decoder)
                 for each in (inputs, stream, teacher_stream * stream_scale)
             )
             token_weights = 1 / target.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(target.dtype).tiny)
@@ -434,7 +434,9 @@ class BlockReconstructor:
         of_decoder = is_decoder_stack(stack, state.student.config)
         error = num_tokens = 0.0
         for batch, student_stream, target in zip(state.batches, student_streams, targets, strict=True):
-            x, y = (drop_padding(each, batch, of_decoder=of_decoder) for each in (student_stream, target))
+            x, y = (
+                drop_padding(each, batch, state.teacher, of_decoder=of_decoder) for each in (student_stream, target)
+            )
             squared_norm = y.square().sum(-1, dtype=torch.float64).clamp(min=1e-300)
             error += ((y - x).square().sum(-1, dtype=torch.float64) / squared_norm).sum().item()
             num_tokens += len(squared_norm)

@@ -137,7 +137,9 @@ class RefitState:
 
     def held_out_rows(self, activations: Tensor, batch: int, *, of_decoder: bool) -> Tensor:
         """Return which rows of activations on this process's batch of that index choose ridges; padding is left out."""
-        return held_out_rows(activations, self.batches[batch], self._held_out[batch], of_decoder=of_decoder)
+        return held_out_rows(
+            activations, self.batches[batch], self.teacher, self._held_out[batch], of_decoder=of_decoder
+        )
 
     def stack_axis(self, stack: str) -> str:
         """Return the projected axis of a stack's hidden states."""

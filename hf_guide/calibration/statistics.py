@@ -228,7 +228,9 @@ class _StatisticsCollector:
     def on_block(self, stack: str, index: int, stream: Tensor, output: Tensor) -> None:
         """Add 1 - the cosine similarity of a block's input and output, and count the tokens that it makes massive."""
         of_decoder = is_decoder_stack(stack, self.model.config)
-        before, after = (drop_padding(each, self.batch, of_decoder=of_decoder).double() for each in (stream, output))
+        before, after = (
+            drop_padding(each, self.batch, self.model, of_decoder=of_decoder).double() for each in (stream, output)
+        )
         if before.shape != after.shape:  # it changes the length or the width, so it cannot be left out
             self.statistics.block_influence[stack][index] += MAX_INFLUENCE * len(after)
             self.block_tokens[stack][index] += len(after)
@@ -246,7 +248,9 @@ class _StatisticsCollector:
     def _tokens(self, stream: Tensor, wrong: Tensor, of_decoder: bool) -> str:
         """Return which tokens of this process's batch are not finite in `wrong`, (tokens, width), and how many."""
         numbers = torch.arange(stream[..., 0].numel(), device=stream.device).view(stream.shape[:-1])
-        rows = drop_padding(numbers[..., None], self.batch, of_decoder=of_decoder).flatten()[~wrong.isfinite().all(-1)]
+        rows = drop_padding(numbers[..., None], self.batch, self.model, of_decoder=of_decoder).flatten()[
+            ~wrong.isfinite().all(-1)
+        ]
         row, token = divmod(int(rows[0]), stream.shape[-2])
         return f"for {len(rows)} of the {len(wrong)} tokens of batch {self.index}, the first in row {row} at position {token}"
 
@@ -262,7 +266,7 @@ class _StatisticsCollector:
 
     def _rows(self, activations: Tensor, ref: ModuleRef) -> Tensor:
         of_decoder = reads_decoder_tokens(ref, self.model.config)
-        rows = drop_padding(activations, self.batch, of_decoder=of_decoder)
+        rows = drop_padding(activations, self.batch, self.model, of_decoder=of_decoder)
         return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
     # Sums

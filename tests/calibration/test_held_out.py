@@ -64,7 +64,7 @@ def test_every_fourth_example_is_held_out(sizes: tuple[int, ...]) -> None:
 def test_rows_are_held_out_with_their_example(shape: tuple[int, ...]) -> None:
     """(batch, length), (batch * length), (batch, height, width), windows of an example, and pooled examples."""
     per_example = torch.Size(shape[:-1]).numel() // 4
-    held_out = held_out_rows(torch.zeros(shape), {}, torch.tensor([False, True, False, False]))
+    held_out = held_out_rows(torch.zeros(shape), {}, None, torch.tensor([False, True, False, False]))
     assert held_out.nonzero().flatten().tolist() == list(range(per_example, 2 * per_example))
 
 
@@ -73,15 +73,15 @@ def test_padding_is_left_out_of_both() -> None:
     batch = {"input_ids": torch.arange(12).reshape(4, 3), "attention_mask": mask}
     tokens = batch["input_ids"][..., None].float()
     (examples,) = held_out_examples([batch])
-    held_out = held_out_rows(tokens, batch, examples)
-    assert drop_padding(tokens, batch).flatten()[held_out].tolist() == [9]
+    held_out = held_out_rows(tokens, batch, None, examples)
+    assert drop_padding(tokens, batch, None).flatten()[held_out].tolist() == [9]
 
 
 @pytest.mark.parametrize("batches", [[{"input_ids": torch.zeros(1, 16)}], [{"input_ids": torch.zeros(1, 16)}] * 3])
 def test_of_few_examples_a_part_of_each_batch_is_held_out(batches: list[dict[str, Tensor]]) -> None:
     masks = held_out_examples(batches)
     assert masks == [None] * len(batches)
-    held_out = held_out_rows(torch.zeros(1, 16, 8), batches[0], masks[0])
+    held_out = held_out_rows(torch.zeros(1, 16, 8), batches[0], None, masks[0])
     assert held_out.nonzero().flatten().tolist() == [12, 13, 14, 15]
 
 
@@ -90,7 +90,7 @@ def test_rows_that_are_not_examples_are_split_too() -> None:
     batches = [{"input_ids": torch.zeros(6, 9), "pixel_values": torch.zeros(40, 12)}, {"input_ids": torch.zeros(6, 9)}]
     masks = held_out_examples(batches)
     assert masks[0] is None and masks[1] is not None
-    assert held_out_rows(torch.zeros(40, 8), batches[0], masks[0]).sum() == 10
+    assert held_out_rows(torch.zeros(40, 8), batches[0], None, masks[0]).sum() == 10
 
 
 def test_one_long_example_chooses_ridges() -> None:

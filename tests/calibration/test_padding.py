@@ -5,9 +5,28 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BartConfig, BartForConditionalGeneration, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    HubertConfig,
+    HubertForCTC,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+    UniSpeechConfig,
+    UniSpeechForCTC,
+    Wav2Vec2BertConfig,
+    Wav2Vec2BertForCTC,
+    Wav2Vec2Config,
+    Wav2Vec2ForCTC,
+    WavLMConfig,
+    WavLMForCTC,
+)
 
 from hf_guide import OptionError, from_teacher
+from hf_guide.calibration.collection import collect_calibration
+from hf_guide.calibration.config import CalibratedConfig
+from hf_guide.teachers.checkpoint import open_teacher
 from tests.calibration.test_data import load
 from tests.tiny import KINDS
 
@@ -95,3 +114,46 @@ def test_labels_that_cannot_be_shifted() -> None:
     teacher = KINDS["t5"].teacher()  # its config has no decoder_start_token_id
     with pytest.raises(OptionError, match="decoder_start_token_id"):
         load(teacher, [{"input_ids": torch.randint(3, 96, (2, 9)), "labels": torch.tensor([[5], [6]])}])
+
+
+SOUND_SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+CONVOLUTIONS = {"conv_dim": (8, 8), "conv_kernel": (10, 3), "conv_stride": (5, 2), "num_feat_extract_layers": 2}
+POSITIONS = {"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2, "feat_extract_norm": "layer"}
+WAVEFORM = {**SOUND_SIZES, **CONVOLUTIONS, **POSITIONS}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (Wav2Vec2ForCTC, Wav2Vec2Config(**WAVEFORM)),
+        (Wav2Vec2ForCTC, Wav2Vec2Config(**WAVEFORM, do_stable_layer_norm=True)),
+        (HubertForCTC, HubertConfig(**WAVEFORM)),
+        (WavLMForCTC, WavLMConfig(**WAVEFORM)),
+        (UniSpeechForCTC, UniSpeechConfig(**WAVEFORM)),
+        (Wav2Vec2BertForCTC, Wav2Vec2BertConfig(**SOUND_SIZES, feature_projection_input_dim=6)),
+    ],
+    ids=["wav2vec2", "wav2vec2 stable", "hubert", "wavlm", "unispeech", "wav2vec2-bert"],
+)
+def test_padded_sounds_give_the_statistics_of_the_sounds_one_by_one(
+    model_class: type[PreTrainedModel], config: Any
+) -> None:
+    config.vocab_size = 20
+    teacher = model_class(config).eval().double()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in teacher.parameters():
+        parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+    name, width = ("input_features", (6,)) if model_class is Wav2Vec2BertForCTC else ("input_values", ())
+    sounds = [torch.randn(length, *width, generator=generator) for length in (400, 250, 310, 120)]
+    masks = [torch.ones(len(sound), dtype=torch.long) for sound in sounds]
+    pad = torch.nn.utils.rnn.pad_sequence
+    one_by_one = [{name: sound[None], "attention_mask": mask[None]} for sound, mask in zip(sounds, masks, strict=True)]
+    padded = [{name: pad(sounds, batch_first=True), "attention_mask": pad(masks, batch_first=True)}]
+    first, second = (
+        collect_calibration(
+            teacher, open_teacher(teacher), data, CalibratedConfig(calibration_tokens=10_000)
+        ).statistics
+        for data in (one_by_one, padded)
+    )
+    assert first.num_tokens == second.num_tokens and first.block_influence.keys() == second.block_influence.keys()
+    for stack, influence in first.block_influence.items():
+        assert torch.allclose(influence, second.block_influence[stack], rtol=1e-9), stack
