@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from hf_guide.calibration.batches import Batch, check_batch, count_rows, count_tokens, first_rows
 from hf_guide.calibration.config import SELF_GENERATED, CalibratedConfig
-from hf_guide.calibration.raw_inputs import check_processed, check_reads_text, processing_hint
+from hf_guide.calibration.raw_inputs import check_processed, check_reads_text, check_text_alone, processing_hint
 from hf_guide.calibration.row_collator import MAIN_INPUTS, RowCollator, num_axes, row_axes, rows_with
 from hf_guide.chat.encoding import ChatEncoder
 from hf_guide.chat.formats import DatasetFormat, RowFormat, detect_format
@@ -207,6 +207,7 @@ def _iter_batches(
     column = _text_column(first)
     if data_format is not None or column is not None:
         check_reads_text(collator.accepted, f"has the columns {columns}, of which the text would be tokenized")
+        check_text_alone(first, collator.accepted)
     if data_format is not None and data_format.kind is not RowFormat.TEXT:
         rows = rows_with(rows, data_format.columns[0])
         encoded = _encode_chat(rows, data_format, load_teacher_tokenizer(teacher, hub), length)

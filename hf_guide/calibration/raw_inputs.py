@@ -52,6 +52,35 @@ def check_reads_text(accepted: Collection[str], found: str) -> None:
         raise OptionError(f"calibration_dataset {found}, and the teacher does not read text.{hint}")
 
 
+def check_text_alone(row: Mapping[str, Any], accepted: Collection[str]) -> None:
+    """Check that a row of text has no image or sound in addition, where the teacher reads such: it would be left out.
+
+    Args:
+        row: A row, as `datasets` yields it.
+        accepted: The inputs that the teacher's forward pass takes.
+
+    Raises:
+        OptionError: It has one; names its column.
+    """
+    hint = processing_hint(accepted)
+    columns = [str(name) for name, value in row.items() if _is_raw(value)] if hint else []
+    if columns:
+        raise OptionError(
+            f"calibration_dataset has images or sounds in {' and '.join(columns)} in addition to text, and only the text "
+            f"would be read.{hint} Its processor makes both inputs of an image and its text. To calibrate on the text alone, "
+            f"remove the column{'s' if len(columns) > 1 else ''}."
+        )
+
+
+def _is_raw(value: Any) -> bool:
+    """Return whether a value is an image or a sound, or a list of them, as `datasets` decodes them or not."""
+    if isinstance(value, (list, tuple)):
+        return bool(value) and _is_raw(value[0])
+    if isinstance(value, Mapping):
+        return value.keys() >= {"bytes", "path"} or value.keys() >= {"array", "sampling_rate"}
+    return type(value).__module__.startswith(("PIL.", "torchcodec.", "datasets.features."))
+
+
 def check_is_array(column: str, value: Any) -> None:
     """Check that a main input of a row is made of numbers, along at least one axis; None, which is missing, passes.
 

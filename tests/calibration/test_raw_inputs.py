@@ -2,11 +2,12 @@
 
 from typing import Any
 
+import datasets
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import LlavaConfig, LlavaForConditionalGeneration, PreTrainedModel
 
 from hf_guide.errors import OptionError
 from tests.calibration.test_data import load, table
@@ -95,3 +96,36 @@ def test_what_no_processor_has_read_is_an_error_that_names_it(make: Any, dataset
 def test_a_text_where_ids_must_be_is_not_an_empty_row() -> None:
     with pytest.raises(OptionError, match="a str in input_ids, which must be numbers"):
         load(KINDS["llama"].teacher(), [{"input_ids": "a text"}])
+
+
+def llava() -> PreTrainedModel:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 8}
+    return LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config={**sizes, "model_type": "llama", "vocab_size": 96})
+    )
+
+
+IMAGES = datasets.Dataset.from_list([{"image": PICTURE, "text": "a sea"}]).cast_column("image", datasets.Image())
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        IMAGES,
+        IMAGES.cast_column("image", datasets.Image(decode=False)),
+        [{"image": [PICTURE, PICTURE], "messages": [{"role": "user", "content": "a sea"}]}],
+        [{"image": SOUND, "text": "a sea"}],
+    ],
+    ids=["decoded", "not decoded", "messages", "sound"],
+)
+def test_the_images_of_text_are_not_left_out_in_silence(dataset: Any) -> None:
+    with pytest.raises(
+        OptionError, match=f"in image in addition to text, and only the text would be read. {OF_IMAGES}"
+    ):
+        load(llava(), dataset)
+
+
+def test_a_teacher_of_text_reads_the_text_of_images() -> None:
+    with pytest.raises(OptionError, match="has no tokenizer that loads"):  # what is read next
+        load(KINDS["llama"].teacher(), IMAGES)
