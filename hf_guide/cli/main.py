@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.command in RENAMED_COMMANDS:
             warn_renamed("hf-guide", args.command, RENAMED_COMMANDS[args.command])
         translate_renamed_flags(args, args.parser, args.renamed_flags, args.command)
+        expand_home(args)
         import_modules(args.imports)
         return args.run(args)
     except (HfGuideError, OSError, ImportError) as error:
@@ -41,6 +42,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"hf-guide: interrupted{describe_remaining_output(args)}.", file=sys.stderr)
         return 130
+
+
+def expand_home(args: argparse.Namespace) -> None:
+    """Replace a leading `~` of paths by the home folder, as of `-o=~/student`, which a shell leaves as it is."""
+
+    def expanded(value: Any) -> Any:
+        if isinstance(value, list):
+            return [expanded(each) for each in value]
+        if isinstance(value, Path):
+            return value.expanduser()
+        return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
+
+    for name, value in list(vars(args).items()):
+        setattr(args, name, expanded(value))
 
 
 def import_modules(names: Sequence[str]) -> None:

@@ -78,7 +78,7 @@ class CalibratedMethod(InitializationMethod):
         """Check that there is a dataset, and that the folder is new or of an earlier run."""
         check_calibration_dataset(calibration_dataset, self.config.method)
         if calibration_cache_dir is not None:
-            calibration_cache_folder(Path(calibration_cache_dir)).check()
+            calibration_cache_folder(Path(calibration_cache_dir).expanduser()).check()
 
     def plan_options(self) -> PlanOptions:
         """Return the options of a plan that projects."""
@@ -104,7 +104,7 @@ class CalibratedMethod(InitializationMethod):
         self.stacks, self.widths = plan.block_mapping, plan.widths
         if self.config.layer_selection == LayerSelection.GREEDY:
             check_removable(setup, self.stacks)  # an error before the teacher runs
-        folder = None if setup.calibration_cache_dir is None else Path(setup.calibration_cache_dir)
+        folder = None if setup.calibration_cache_dir is None else Path(setup.calibration_cache_dir).expanduser()
         call = describe_call(setup.teacher, setup.model_class, setup.config, setup.dtype, self.config)
         self.calibration = collect_calibration(
             setup.source,

@@ -492,4 +492,4 @@ def count_teacher(teacher: TeacherCheckpoint) -> int:
 
 def search_folder(calibration_cache_dir: "str | os.PathLike[str] | None", name: str) -> Path | None:
     """Return a folder of a search in a `calibration_cache_dir`; None without one."""
-    return None if calibration_cache_dir is None else Path(calibration_cache_dir) / name
+    return None if calibration_cache_dir is None else Path(calibration_cache_dir).expanduser() / name

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from hf_guide import OptionError, from_teacher
+from hf_guide import OptionError, find_shapes, from_teacher
 from hf_guide.calibration import reconstruction, resume, statistics
 from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.sequential import SequentialBlocks, SequentialModel
@@ -206,6 +206,22 @@ def test_another_call_is_an_error_that_names_what_differs(change: dict[str, Any]
         teacher.model.layers[1].mlp.up_proj.weight.mul_(1.5)
     with pytest.raises(OptionError, match="teacher_weights is"):
         make()
+
+
+@pytest.mark.parametrize("sizes", [SMALLER, {"num_parameters": "40%"}], ids=["sizes", "budget"])
+def test_a_folder_in_the_home_folder(sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(find_shapes.__kwdefaults__, "limit", 1)
+    from_teacher(
+        KINDS["llama"].teacher(),
+        method="calibrated",
+        calibration_dataset=token_batches(),
+        calibration_cache_dir="~/kept",
+        show_progress=False,
+        **sizes,
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["home"] and any((tmp_path / "home" / "kept").iterdir())
 
 
 def test_folders_that_cannot_serve(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Commands are listed, and the names of the previous release work with a warning."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,21 @@ def test_the_old_name_of_a_command_warns_with_the_new_one(capsys):
         cli.main(["--help"])
     listed = [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("    ")]
     assert "analyze-subclasses" in listed and "subclasses" not in listed
+
+
+def test_the_home_folder_is_expanded_in_every_path(tmp_path, monkeypatch, capsys):
+    """A shell leaves `~` as it is in `--output=~/student`, and Python's callers of `main` have none."""
+    home = tmp_path / "home"
+    (home / "teacher").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(tmp_path)
+    seen = {}
+    monkeypatch.setattr("hf_guide.cli.init.run", lambda args: seen.update(vars(args)) or 0)
+    data = ["--calibration-dataset", "~/a.txt", "b.txt", "--calibration-cache-dir=~/cal", "--config", "a=~/x"]
+    assert cli.main(["init", "~/teacher", "-o", "~/student", *data]) == 0
+    assert seen["teacher"] == str(home / "teacher") and seen["output"] == home / "student"
+    assert seen["calibration_dataset"] == [home / "a.txt", Path("b.txt")]
+    assert seen["calibration_cache_dir"] == home / "cal" and seen["config"] == ["a=~/x"]
 
 
 @pytest.mark.parametrize(
