@@ -126,7 +126,7 @@ def test_steps_without_starts_and_too_little_data_are_errors():
         find_shapes(teacher, num_parameters="40%", search_steps=5, show_progress=False)
     with pytest.raises(OptionError, match="search_steps must be"):
         search(KINDS["llama"], search_steps=0)
-    with pytest.raises(OptionError, match="the last of their examples are held out"):
+    with pytest.raises(OptionError, match="without the 1 rows that are held out to compare with"):
         find_shapes(
             KINDS["llama"].teacher(),
             num_parameters="40%",
