@@ -21,6 +21,7 @@ from hf_guide.teachers.loading import load_teachers, model_name, teacher_tokeniz
 from hf_guide.teachers.patches import normalizes_patches
 from hf_guide.teachers.processors import batch_tokenizer
 from hf_guide.teachers.vocabulary import with_vocabulary_of
+from hf_guide.utils.public_names import absolute_name, name_source
 
 
 def build_live_teachers(
@@ -71,7 +72,21 @@ def build_live_teachers(
         prepared, sharded = prepare_teacher(model, accelerator)
         head = None if sharded else head
         normalized = normalizes_patches(student.config)
-        teachers.append(LiveTeacher(prepared, task, classes, order, share / sum(shares), head, inputs, normalized))
+        name = absolute_name(model_name(model))
+        teachers.append(
+            LiveTeacher(
+                prepared,
+                task,
+                classes,
+                order,
+                share / sum(shares),
+                head,
+                inputs,
+                normalized,
+                name=name,
+                source=name_source(name, getattr(model.config, "_commit_hash", None)),
+            )
+        )
     return teachers
 
 

@@ -6,10 +6,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_guide.distillation.cached_teacher import CachedTeacher
-from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, reported_arguments, teacher_record
+from hf_guide.hub.metadata import (
+    DistillationRecord,
+    TeacherRecord,
+    recorded_teacher,
+    reported_arguments,
+    teacher_record,
+)
 from hf_guide.models.adapters import without_adapter
 from hf_guide.tasks import pipeline_tag
-from hf_guide.teachers.loading import model_name
 from hf_guide.utils.public_names import public_name
 
 _TEACHER_METRIC = re.compile(r"_teacher_(?=ce$|perplexity$)")
@@ -63,9 +68,19 @@ def eval_history(history: Sequence[Mapping[str, float]]) -> list[dict[str, float
 def _teacher_record(teacher: Any, args: Any) -> TeacherRecord:
     if isinstance(teacher, CachedTeacher):
         manifest = teacher.capture.manifest
-        record = teacher_record(
-            manifest.teacher, revision=manifest.teacher_revision, captured=True, token=args.hub_token
+        record = recorded_teacher(
+            manifest.teacher,
+            revision=manifest.teacher_revision,
+            source=manifest.teacher_source,
+            fingerprint=manifest.files,
+            token=args.hub_token,
         )
-        return dataclasses.replace(record, fingerprint=manifest.files)
+        return dataclasses.replace(record, captured=True, fingerprint=manifest.files)
     revision = getattr(teacher.bare.config, "_commit_hash", None)
-    return teacher_record(model_name(teacher.bare), revision=revision, weight=teacher.weight, token=args.hub_token)
+    return teacher_record(
+        teacher.name,
+        revision=revision,
+        weight=teacher.weight,
+        source=teacher.source,
+        token=args.hub_token,
+    )

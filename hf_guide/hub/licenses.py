@@ -4,12 +4,13 @@ Does: list the models that its weights and its training come from; combine their
 Does not: read their cards (`metadata.py`), or draw the student's (`model_card.py`).
 """
 
+import os
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import CardData
 
-from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, as_list, teacher_record, to_repo_id
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, as_list, recorded_teacher, teacher_record
 from hf_guide.initialization.report import InitializationReport
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
@@ -34,16 +35,28 @@ def source_models(
     teachers = record.teachers if record is not None else []
     if report is None:
         return teachers
-    name, revision, _ = report.first_teacher
+    first = report.first_stage
     sources: list[TeacherRecord] = []
-    if not _is_among(teachers, name, None if report.lineage else report.teacher_fingerprint):
-        location = name if report.lineage else report.teacher
-        first = teacher_record(location, revision=revision, token=token) if look_up else TeacherRecord(name, revision)
-        sources.append(first)
+    if not _is_among(teachers, first.teacher, None if report.lineage else report.teacher_fingerprint):
+        if not look_up:
+            sources.append(TeacherRecord(first.teacher, first.revision, source=first.teacher_source))
+        elif report.lineage:
+            where: Any = {"revision": first.revision, "source": first.teacher_source, "token": token}
+            sources.append(recorded_teacher(first.teacher, **where))
+        else:
+            sources.append(_direct_teacher(report, token))
     if look_up and report.lineage and not _is_among(teachers, report.teacher_name, report.teacher_fingerprint):
-        direct = teacher_record(report.teacher, revision=report.public_revision, token=token)
+        direct = _direct_teacher(report, token)
         sources += [direct] if direct.license else []
     return [*sources, *teachers]
+
+
+def _direct_teacher(report: InitializationReport, token: str | bool | None) -> TeacherRecord:
+    """Return the record of the model that a student was cut from: only a report that was not read from a file has its path."""
+    where: Any = {"revision": report.public_revision, "source": report.teacher_source, "token": token}
+    if os.path.isabs(report.teacher):
+        return teacher_record(report.teacher, **where)
+    return recorded_teacher(report.teacher, fingerprint=report.teacher_fingerprint, **where)
 
 
 def _is_among(teachers: list[TeacherRecord], name: str, fingerprint: str | None) -> bool:
@@ -81,7 +94,7 @@ def _inherited_license(sources: list[TeacherRecord]) -> dict[str, Any]:
 
 def _absolute_link(teacher: TeacherRecord) -> str | None:
     """Return the link to a teacher's license: a path in its repository becomes a URL, one in a folder None."""
-    link, repo_id = teacher.license_link, to_repo_id(teacher.name, teacher.revision)
+    link, repo_id = teacher.license_link, teacher.repo_id
     if link is None or "://" in link:
         return link
     path = quote(link.removeprefix("./"))

@@ -18,17 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import CardData, EvalResult, RepoCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
-from huggingface_hub.utils import validate_repo_id
 
 from hf_guide.errors import HfGuideError
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport, StageRecord
 from hf_guide.methods import list_methods
 from hf_guide.utils.files import atomic_write_text
 from hf_guide.utils.fingerprint import files_fingerprint
-from hf_guide.utils.public_names import is_local, public_name
+from hf_guide.utils.public_names import Source, is_local, name_source, public_name, to_repo_id
 from hf_guide.utils.typed_json import read_json_record
 
 if TYPE_CHECKING:
@@ -86,6 +85,7 @@ class TeacherRecord:
         license: Of its own model card; a list where the card names several.
         license_name, license_link, languages: Of the same card.
         fingerprint: For a folder, a hash of its weights (`utils.fingerprint.files_fingerprint`).
+        source: Where it was loaded from, "hub" or "local"; None where it is not known, as in records of earlier versions.
     """
 
     name: str
@@ -97,6 +97,12 @@ class TeacherRecord:
     license_link: str | None = None
     languages: list[str] = field(default_factory=list)
     fingerprint: str | None = None
+    source: Source | None = None
+
+    @property
+    def repo_id(self) -> str | None:
+        """Its Hub id; None if it was a folder or a model without an id."""
+        return to_repo_id(self.name, self.revision, self.source)
 
 
 @dataclass
@@ -301,6 +307,7 @@ def teacher_record(
     revision: str | None = None,
     weight: float = 1.0,
     captured: bool = False,
+    source: Source | None = None,
     token: str | bool | None = None,
 ) -> TeacherRecord:
     """Return the record of a teacher: its public name, and the license and languages from its model card.
@@ -308,16 +315,18 @@ def teacher_record(
     Args:
         name: Hub id, folder, or name of a model class. Only the last component of a folder's path is recorded.
         revision, token: To download its card. If that fails, the license is left unknown.
+        source: Where it was loaded from, as recorded at that time; by default a name that exists on this machine is a path.
     """
     path: Path | None
     fingerprint = None
-    if is_local(name):
+    source = source or name_source(name, revision)
+    if source == "local" or (is_local(name) and public_name(name, source) != name):  # or a snapshot in the Hub's cache
         path = Path(name).expanduser() / CARD_NAME
-        fingerprint = files_fingerprint(path.parent) if path.parent.is_dir() else None
-        name = public_name(name)
-        revision = revision if "/" in name else None
+        fingerprint = files_fingerprint(path.parent)
+        name = public_name(name, source)
+        revision = revision if source == "hub" else None
     else:
-        path = _download_card(name, revision, token)
+        path = _download_card(name, revision, source, token)
     data = CardData()
     try:
         card = read_card(path) if path is not None else None
@@ -335,7 +344,25 @@ def teacher_record(
         license_link=next(iter(texts["license_link"]), None),
         languages=texts["language"],
         fingerprint=fingerprint,
+        source=source,
     )
+
+
+def recorded_teacher(
+    name: str,
+    *,
+    revision: str | None,
+    source: Source | None,
+    fingerprint: str | None = None,
+    token: str | bool | None = None,
+) -> TeacherRecord:
+    """Return the record of a teacher that a file of hf_guide names, which has no path of a folder.
+
+    A folder of that name in the working directory may hold another model: its card is read if the fingerprint is the same.
+    """
+    if source == "local" and (fingerprint is None or files_fingerprint(name) != fingerprint):
+        return TeacherRecord(name, fingerprint=fingerprint, source=source)
+    return teacher_record(name, revision=revision, source=source, token=token)
 
 
 def lineage_of(source: Any) -> list[StageRecord]:
@@ -361,31 +388,8 @@ def lineage_of(source: Any) -> list[StageRecord]:
     return [*report.lineage, report.as_stage(**training)]
 
 
-def teacher_repo_id(report: InitializationReport) -> str | None:
-    """Return the Hub id of the teacher, of several stages the first; None if it was a folder or a model without an id."""
-    name, revision, _ = report.first_teacher
-    return to_repo_id(name, revision)
-
-
-def to_repo_id(name: str, revision: str | None) -> str | None:
-    """Return a public name if it is a Hub id, or None if it is the name of a folder or a class.
-
-    A name without an owner counts as an id only if the Hub returned a commit for it.
-
-    >>> to_repo_id("org/name", None), to_repo_id("LlamaForCausalLM", None)
-    ('org/name', None)
-    """
-    if "/" not in name and revision is None:
-        return None
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return None
-    return name
-
-
-def _download_card(name: str, revision: str | None, token: str | bool | None) -> Path | None:
-    if to_repo_id(name, revision) is None:
+def _download_card(name: str, revision: str | None, source: Source | None, token: str | bool | None) -> Path | None:
+    if to_repo_id(name, revision, source) is None:
         return None
     try:
         return Path(hf_hub_download(name, CARD_NAME, revision=revision, token=token))

@@ -32,16 +32,14 @@ from hf_guide.hub.metadata import (
     merge_results,
     read_card,
     result_rows,
-    teacher_repo_id,
     to_eval_results,
-    to_repo_id,
 )
 from hf_guide.hub.saved_model import SavedModel, stored_sizes
 from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count, format_ranges
 from hf_guide.tasks import SENTENCE_PIPELINE_TAGS, SENTENCE_TAGS, pipeline_tag, task_of_class_name
 from hf_guide.utils.escaping import escape_markdown, markdown_code, to_single_line
 from hf_guide.utils.files import atomic_write
-from hf_guide.utils.public_names import is_local
+from hf_guide.utils.public_names import is_local, to_repo_id
 from hf_guide.visualization import loss_curves, plot_explained_variance, plot_training
 
 BEGIN = "<!-- hf_guide:begin -->"
@@ -162,13 +160,14 @@ def _report_and_record_values(
     plots: set[str],
 ) -> dict[str, Any]:
     """Return the template's variables about initialization and training."""
+    first = report.first_stage if report is not None else None
     return {
         "report": report,
         "record": record,
-        "teacher_size": format_count(report.first_teacher[2]) if report is not None else None,
-        "teacher": _markdown_link(report.first_teacher[0], teacher_repo_id(report)) if report is not None else None,
+        "teacher_size": format_count(first.teacher_parameters) if first is not None else None,
+        "teacher": _markdown_link(first.teacher, first.repo_id) if first is not None else None,
         "stages": _stages_table(report, record) if report is not None and report.lineage else [],
-        "teachers": [(_markdown_link(each.name, to_repo_id(each.name, each.revision)), each) for each in teachers],
+        "teachers": [(_markdown_link(each.name, each.repo_id), each) for each in teachers],
         "plot": PLOT_NAME if PLOT_NAME in plots else None,
         "training_plot": TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
     }
@@ -180,7 +179,7 @@ def _license_values(data: CardData, sources: list[TeacherRecord]) -> dict[str, A
     known = any(source.license for source in sources)
     named = [
         (
-            _markdown_link(each.name, to_repo_id(each.name, each.revision)),
+            _markdown_link(each.name, each.repo_id),
             " and ".join(license_names(each.license, each.license_name)),
         )
         for each in sources
@@ -306,8 +305,8 @@ def _base_models(
 ) -> str | list[str] | None:
     if adapter is not None:
         return to_repo_id(adapter, None)
-    candidates = [teacher_repo_id(report)] if report is not None else []
-    candidates += [to_repo_id(teacher.name, teacher.revision) for teacher in teachers]
+    candidates = [report.first_stage.repo_id] if report is not None else []
+    candidates += [teacher.repo_id for teacher in teachers]
     ids = list(dict.fromkeys(name for name in candidates if name is not None))
     return ids[0] if len(ids) == 1 else ids or None
 

@@ -17,7 +17,7 @@ from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
 from hf_guide.utils.escaping import to_single_line
 from hf_guide.utils.files import atomic_write_text
 from hf_guide.utils.memory import peak_memory
-from hf_guide.utils.public_names import is_local, public_name
+from hf_guide.utils.public_names import Source, absolute_name, is_local, name_source, public_name, to_repo_id
 from hf_guide.utils.typed_json import read_json_record
 from hf_guide.version import __version__
 
@@ -63,6 +63,7 @@ class StageRecord:
         blocks: By stack, the block of its own source that feeds each of its blocks.
         steps, tokens: How long it was trained: optimizer steps, and input tokens where they were counted.
         losses: Weight of each loss that it was trained on; empty where no training was recorded.
+        teacher_source: Where `teacher` was loaded from; None in records of earlier versions.
     """
 
     teacher: str
@@ -75,6 +76,12 @@ class StageRecord:
     steps: int = 0
     tokens: int | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    teacher_source: Source | None = None
+
+    @property
+    def repo_id(self) -> str | None:
+        """The Hub id of `teacher`; None if it was a folder or a model without an id."""
+        return to_repo_id(self.teacher, self.revision, self.teacher_source)
 
 
 @with_renamed_options(RenamedOptions(names=_RENAMED_FIELDS))
@@ -85,6 +92,8 @@ class InitializationReport:
     Attributes:
         teacher, revision: The teacher's id, folder or class, and its commit where known; of a folder only the last part of
             its path is saved.
+        teacher_source: Where the teacher was loaded from, "hub" or "local"; None where it is not known, as in reports of
+            earlier versions.
         teacher_fingerprint: Hash of the weights of a teacher without a commit.
         teacher_class, student_class: Names of the model classes.
         options: The fields of the `InitializationConfig` that was used, `method` among them.
@@ -150,14 +159,16 @@ class InitializationReport:
     teacher_fingerprint: str | None = None
     shape_choice: str = ""
     lineage: list[StageRecord] = field(default_factory=list)
+    teacher_source: Source | None = None
     bases: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def begin(cls, student: PreTrainedModel, teacher: TeacherCheckpoint, **fields: Any) -> "InitializationReport":
         """Return a report with what is known of both models, and `fields`."""
         teacher = teacher.whole or teacher
+        source = name_source(teacher.name, teacher.revision or getattr(teacher.config, "_commit_hash", None))
         return cls(
-            teacher=teacher.name,
+            teacher=absolute_name(teacher.name),
             revision=teacher.revision,
             teacher_class=teacher.model_class.__name__,
             student_class=type(student).__name__,
@@ -168,32 +179,33 @@ class InitializationReport:
             student_parameters=student.num_parameters(),
             peak_memory_bytes=peak_memory(),
             teacher_fingerprint=teacher_fingerprint(teacher),
+            teacher_source=source,
             **fields,
         )
 
     @property
     def teacher_name(self) -> str:
         """The teacher's id, or the bare name of its folder: fit to be published."""
-        return public_name(self.teacher)
+        return public_name(self.teacher, self.teacher_source)
 
     @property
     def public_revision(self) -> str | None:
         """The commit of a teacher that the Hub has; None of a folder, whose name on the Hub is not known."""
-        return None if is_local(self.teacher) and "/" not in self.teacher_name else self.revision
+        if self.teacher_source is None:  # of an earlier version
+            return None if is_local(self.teacher) and "/" not in self.teacher_name else self.revision
+        return self.revision if self.teacher_source == "hub" else None
 
     @property
-    def first_teacher(self) -> tuple[str, str | None, int]:
-        """The public name of the first teacher of all stages, its commit where known, and its number of parameters."""
-        if self.lineage:
-            first = self.lineage[0]
-            return first.teacher, first.revision, first.teacher_parameters
-        return self.teacher_name, self.public_revision, self.teacher_parameters
+    def first_stage(self) -> StageRecord:
+        """The first of all stages, which names the first teacher; of a student that was cut once, this one."""
+        return self.lineage[0] if self.lineage else self.as_stage()
 
     def as_stage(self, **training: Any) -> StageRecord:
         """Return this student as an entry of the lineage of one that is made of it; `training` is how it was trained."""
         return StageRecord(
             teacher=self.teacher_name,
             revision=self.public_revision,
+            teacher_source=self.teacher_source,
             teacher_parameters=self.teacher_parameters,
             student_parameters=self.student_parameters,
             method=str(self.options.get("method", "unknown")),

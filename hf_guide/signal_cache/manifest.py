@@ -14,6 +14,7 @@ from hf_guide.signal_cache.keys import KEY_BYTES
 from hf_guide.signal_cache.shards import OLD_COLUMN_NAMES, Column, high_bits, shard_name
 from hf_guide.tasks import Task
 from hf_guide.utils.checksums import DamagedFileError, read_json, write_json
+from hf_guide.utils.public_names import Source
 from hf_guide.utils.resumable import ResumableFolder
 
 MANIFEST_NAME = "capture.json"
@@ -69,6 +70,11 @@ class CaptureManifest:
     checksums: dict[str, str] = field(default_factory=dict)
     complete: bool = False
     format: int = FORMAT_VERSION
+
+    @property
+    def teacher_source(self) -> Source:
+        """Where the teacher was loaded from: of public names only Hub ids have an owner or a commit."""
+        return "hub" if "/" in self.teacher or self.teacher_revision is not None else "local"
 
     @property
     def is_dense(self) -> bool:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import CaptureError, OptionError
-from hf_guide.hub.metadata import to_repo_id
 from hf_guide.models.adapters import without_adapter
 from hf_guide.models.pretrained import load_config
 from hf_guide.signal_cache.codec import COLUMN_PREFIX, CapturedExample, decode_example
@@ -33,6 +32,7 @@ from hf_guide.utils.fingerprint import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from hf_guide.utils.public_names import to_repo_id
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Capture:
             CaptureError: There is no such folder.
         """
         manifest = self.manifest
-        if manifest.files is None and to_repo_id(manifest.teacher, manifest.teacher_revision) is not None:
+        if to_repo_id(manifest.teacher, manifest.teacher_revision, manifest.teacher_source) is not None:
             return manifest.teacher
         parents = dict.fromkeys([self.folder.resolve().parent, Path.cwd()])
         below = sorted(Path.cwd().glob("[!.]*/"))

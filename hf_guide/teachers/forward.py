@@ -39,6 +39,7 @@ from hf_guide.teachers.patches import convert_patches, normalizes_patches
 from hf_guide.teachers.retokenization import RetokenizedBatch, Retokenizer
 from hf_guide.teachers.signals import DenseTarget, TeacherSignal, TeacherSignals, TopKTarget
 from hf_guide.utils.half_precision import fast_half_products
+from hf_guide.utils.public_names import Source
 
 _TARGET_INPUTS = ("labels", "label", "label_ids", "start_positions", "end_positions", "return_loss")
 """Inputs by which a model would compute a loss of its own."""
@@ -248,6 +249,8 @@ class LiveTeacher:
         head: Its language head, where that is known and its weights are whole in this process.
         inputs: Converts batches, made for the student, to what it expects; None where they are that already.
         normalized_patches: Whether the student reconstructs patches of mean 0 and variance 1.
+        name: Hub id, path of a folder, or name of its class.
+        source: Where it was loaded from; None where that is not known.
     """
 
     model: PreTrainedModel
@@ -258,6 +261,8 @@ class LiveTeacher:
     head: LMHead | None = None
     inputs: TeacherInputs | None = None
     normalized_patches: bool = False
+    name: str = ""
+    source: Source | None = None
 
     @property
     def config(self) -> Any:

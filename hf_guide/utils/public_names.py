@@ -7,7 +7,10 @@ All files that hf_guide writes and a user may upload use these names: a folder i
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 _PRIVATE_KEYS = frozenset({"_name_or_path", "token", "hub_token", "use_auth_token", "cache_dir"})
 """Config entries about where a model was loaded from and with which token, not about the model."""
@@ -18,8 +21,51 @@ def is_local(name: str) -> bool:
     return name.startswith((".", "~")) or os.path.isabs(name) or os.path.exists(name)
 
 
-def public_name(name: str) -> str:
-    """Return a name without its path.
+Source = Literal["hub", "local"]
+"""Where a model was loaded from: a repository of the Hub, or a folder or the memory of this machine."""
+
+
+def name_source(name: str, revision: str | None = None) -> Source | None:
+    """Return where a model was loaded from, to be recorded at that time: its folder may be moved later.
+
+    Args:
+        name: Hub id, folder, or name of a class.
+        revision: Its commit, which only the Hub gives.
+
+    Returns:
+        None where it is not known: a name of two parts without a commit, and no such folder.
+    """
+    if is_local(name):
+        return "local" if _snapshot_repo_id(name) is None else "hub"
+    if revision is not None:
+        return "hub"
+    return None if "/" in name else "local"
+
+
+def absolute_name(name: str) -> str:
+    """Return the absolute path of a folder, by which it is found from another working directory too, or another name."""
+    return os.path.abspath(os.path.expanduser(name)) if is_local(name) else name
+
+
+def to_repo_id(name: str, revision: str | None, source: Source | None = None) -> str | None:
+    """Return a public name if it is a Hub id, or None if it is the name of a folder or a class.
+
+    Where the source is not recorded, a name without an owner counts as an id only if the Hub returned a commit for it.
+
+    >>> to_repo_id("org/name", None), to_repo_id("LlamaForCausalLM", None), to_repo_id("models/teacher", None, "local")
+    ('org/name', None, None)
+    """
+    if source == "local" or (source is None and "/" not in name and revision is None):
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def public_name(name: str, source: Source | None = None) -> str:
+    """Return a name without its path; without a `source`, what exists on this machine is a path.
 
     >>> public_name("org/name")
     'org/name'
@@ -28,13 +74,21 @@ def public_name(name: str) -> str:
 
     A snapshot in the Hub's cache is named by its Hub id.
     """
-    if not is_local(name):
+    if source != "local" and not is_local(name):
         return name
+    repo_id = _snapshot_repo_id(name)
+    if repo_id is not None or source == "hub":
+        return repo_id or name
+    return Path(os.path.abspath(os.path.expanduser(name))).name or "model"
+
+
+def _snapshot_repo_id(name: str) -> str | None:
+    """Return the Hub id of a snapshot's folder in the Hub's cache; None for other names."""
     path = Path(os.path.abspath(os.path.expanduser(name)))
     repository = path.parent.parent.name
-    if path.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/")
-    return path.name or "model"
+    if path.parent.name != "snapshots" or not repository.startswith("models--"):
+        return None
+    return repository.removeprefix("models--").replace("--", "/")
 
 
 def public_value(value: Any) -> Any:

@@ -6,7 +6,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union
 
 from hf_guide.errors import HfGuideError
 
@@ -39,7 +39,8 @@ def read_json_record(path: Path, parse: Callable[[dict[str, Any]], T], what: str
 def check_field_types(record: Any, where: str) -> None:
     """Check that the fields of a dataclass, and of dataclasses in it, have the types of their annotations.
 
-    Annotations may consist of `str`, `int`, `float`, `bool`, `None`, `Any`, `list`, `dict`, unions and dataclasses.
+    Annotations may consist of `str`, `int`, `float`, `bool`, `None`, `Any`, `list`, `dict`, `Literal`, unions and
+    dataclasses.
 
     Raises:
         HfGuideError: A field has another type; names it, the expected type and the value.
@@ -65,6 +66,8 @@ def matches_annotation(value: Any, hint: Any) -> bool:
         return value is None
     if origin in (Union, types.UnionType):
         return any(matches_annotation(value, argument) for argument in arguments)
+    if origin is Literal:
+        return value in arguments
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:

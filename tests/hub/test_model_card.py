@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_guide.errors import HfGuideError
-from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, save_record, teacher_record, teacher_repo_id
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, save_record, teacher_record
 from hf_guide.hub.model_card import BEGIN, END, PLOT_NAME, TRAINING_PLOT_NAME, redraw_card, write_model_card
 from hf_guide.hub.push import fetch_card
 from hf_guide.initialization.report import InitializationReport
@@ -424,7 +424,8 @@ def test_a_blank_card_gives_way_to_that_of_the_hub(tmp_path, monkeypatch):
     ],
 )
 def test_only_ids_of_the_hub_count_as_base_models(teacher, revision, expected):
-    assert teacher_repo_id(dataclasses.replace(REPORT, teacher=teacher, revision=revision)) == expected
+    report = dataclasses.replace(REPORT, teacher=teacher, revision=revision)
+    assert report.first_stage.repo_id == expected
 
 
 def test_words_of_a_card_that_yaml_once_read_as_booleans_stay_words(tmp_path):
