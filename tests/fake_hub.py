@@ -92,6 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.commits.append((found[1], line["value"]["summary"]))
             if line["key"] == "file" and not proposed:
                 home[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            if line["key"] == "deletedFile" and not proposed:
+                del home[line["value"]["path"]]
         commit = {"commitUrl": f"{self.server.endpoint}/{found[1]}/commit/{'0' * 40}", "commitOid": "0" * 40}
         if proposed:
             commit["pullRequestUrl"] = f"{self.server.endpoint}/{found[1]}/discussions/1"

@@ -53,10 +53,11 @@ from hf_guide.distillation.objective import (
 from hf_guide.distillation.resuming import ResumableTrainer
 from hf_guide.distillation.similarity_metrics import SimilarityRecorder
 from hf_guide.distillation.step_checks import StepChecksCallback, non_finite_loss_error
-from hf_guide.distillation.student_files import StudentFilesTrainer
+from hf_guide.distillation.student_files import FormerRecordCallback, StudentFilesTrainer
 from hf_guide.distillation.student_init import (
     align_student_special_tokens,
     attach_saved_report,
+    find_earlier_trainings,
     init_student_from_teacher,
     validate_student,
     validate_tokenizer,
@@ -201,6 +202,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
                 data_collator,
             )
         attach_saved_report(student, token=args.hub_token)
+        self.earlier_trainings = find_earlier_trainings(student, token=args.hub_token)
         # PEFT changes the student in place, so this comes first.
         check_no_shared_parameters(student, source if isinstance(source, (list, tuple)) else [source])
         if peft_config is not None:
@@ -273,6 +275,7 @@ class DistillationMixin(LossScalingTrainer, StudentFilesTrainer, ResumableTraine
         for each in self.teachers:
             check_output_kind(args.loss_weights, self.task, each.config, "teacher")
         self.add_callback(StepChecksCallback(self))
+        self.add_callback(FormerRecordCallback(self))
         self._setup_objective()
 
     # Student and losses

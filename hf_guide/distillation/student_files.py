@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 from torch import nn
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_guide.distillation.arguments import DistillationArguments, redacted_training_args
@@ -16,18 +17,32 @@ from hf_guide.distillation.merging import save_merged
 from hf_guide.distillation.objective import is_sharded
 from hf_guide.distillation.resuming import remove_paths_from_state
 from hf_guide.distillation.step_checks import StepCheckedTrainer
-from hf_guide.distillation.student_init import attach_saved_report
+from hf_guide.distillation.student_init import attach_saved_report, find_earlier_trainings
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError
 from hf_guide.hub.metadata import CARD_NAME, save_record
 from hf_guide.hub.model_card import remove_local_paths, write_model_card
 from hf_guide.hub.push import attach_record, fetch_card
-from hf_guide.initialization.report import REPORT_NAME
+from hf_guide.initialization.report import REPORT_NAME, TrainingSummary
 from hf_guide.models.code_references import clean_saved_folder
 from hf_guide.models.sentence_files import write_sentence_modules
 from hf_guide.models.sentence_modules import attached_sentence_modules
 from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.utils.finite import check_weights_finite
+
+
+class FormerRecordCallback(TrainerCallback):
+    """When a training begins, count the student's last one among the earlier ones: its record is not that of new weights."""
+
+    def __init__(self, trainer: "StudentFilesTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Detach the record of a training that this one does not resume."""
+        record: Any = getattr(self.trainer.unwrapped_student, "distillation_record", None)
+        if record is not None and state.global_step == 0:
+            self.trainer.earlier_trainings = record.trainings
+        attach_record(self.trainer.unwrapped_student, None)
 
 
 class StudentFilesTrainer(StepCheckedTrainer):
@@ -36,11 +51,13 @@ class StudentFilesTrainer(StepCheckedTrainer):
     args: DistillationArguments
     _hub_target: dict[str, Any]
     _seen_cards: set[bytes]
+    earlier_trainings: list[TrainingSummary]
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Return a new student, with the initialization report that is saved next to its weights."""
         student = super().call_model_init(trial)
         attach_saved_report(student, token=self.args.hub_token)
+        self.earlier_trainings = find_earlier_trainings(student, token=self.args.hub_token)
         return student
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -3,9 +3,9 @@
 import inspect
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -16,8 +16,9 @@ from transformers.trainer_utils import align_special_tokens
 
 from hf_guide.data.sentence_collator import CollatedBatches
 from hf_guide.errors import HfGuideError, OptionError, VocabularyError
+from hf_guide.hub.metadata import RECORD_NAME, DistillationRecord, load_record
 from hf_guide.hub.push import attach_report
-from hf_guide.initialization.report import REPORT_NAME, InitializationReport
+from hf_guide.initialization.report import REPORT_NAME, InitializationReport, TrainingSummary
 from hf_guide.models.adapters import has_adapter, parametrized_layers, validate_unwrapped, without_adapter
 from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.signal_cache.reader import Capture
@@ -97,27 +98,49 @@ def attach_saved_report(student: Any, *, token: str | bool | None = None) -> Non
     base = without_adapter(student)
     if not isinstance(base, PreTrainedModel) or getattr(base, "initialization_report", None) is not None:
         return
-    # A config names its folder too, but only `from_pretrained` marks the weights.
-    is_loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in base.parameters())
-    report = _saved_report(base, token) if is_loaded and base.name_or_path else None
+    report = _saved_file(base, REPORT_NAME, InitializationReport.load, token)
     shapes = {name: list(parameter.shape) for name, parameter in base.named_parameters()}
     if report is not None and all(shapes.get(each.name, each.shape) == each.shape for each in report.parameters):
         attach_report(base, report)
 
 
-def _saved_report(student: PreTrainedModel, token: str | bool | None) -> InitializationReport | None:
+def find_earlier_trainings(student: Any, *, token: str | bool | None = None) -> list[TrainingSummary]:
+    """Return the trainings that a student went through before, from its record or the one that was saved with it.
+
+    Args:
+        student: Any model, with or without an adapter; None has none.
+        token: Access token of the Hub.
+    """
+    base = without_adapter(student)
+    record: Any = getattr(student, "distillation_record", None)
+    if record is None and isinstance(base, PreTrainedModel):
+        record = _saved_file(base, RECORD_NAME, load_record, token)
+    return record.trainings if isinstance(record, DistillationRecord) else []
+
+
+_Record = TypeVar("_Record", InitializationReport, DistillationRecord)
+
+
+def _saved_file(
+    student: PreTrainedModel, file: str, load: Callable[[Path], _Record], token: str | bool | None
+) -> _Record | None:
+    """Return what a file of the folder or repository contains that a student was loaded from; None without one."""
+    # A config names its folder too, but only `from_pretrained` marks the weights.
+    is_loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in student.parameters())
     name = student.name_or_path or ""
+    if not is_loaded or not name:
+        return None
     try:
         if is_local(name):
-            path = Path(name).expanduser() / REPORT_NAME
+            path = Path(name).expanduser() / file
         else:
             revision = getattr(student.config, "_commit_hash", None)
-            path = Path(hf_hub_download(name, REPORT_NAME, revision=revision, token=token))
-        return InitializationReport.load(path) if path.is_file() else None
+            path = Path(hf_hub_download(name, file, revision=revision, token=token))
+        return load(path) if path.is_file() else None
     except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
-        logger.info("The initialization report of %s could not be downloaded: %s", name, error)
+        logger.info("%s of %s could not be downloaded: %s", file, name, error)
     except HfGuideError as error:
-        logger.warning("How the student was initialized is not saved with it: %s", error)
+        logger.warning("How the student was made is not saved with it: %s", error)
     return None
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from hf_guide.distillation.cached_teacher import CachedTeacher
 from hf_guide.hub.metadata import (
     DistillationRecord,
-    TeacherRecord,
     recorded_teacher,
     reported_arguments,
     teacher_record,
 )
+from hf_guide.initialization.report import TeacherRecord
 from hf_guide.models.adapters import without_adapter
 from hf_guide.tasks import pipeline_tag
 from hf_guide.utils.public_names import public_name
@@ -27,11 +27,11 @@ def build_training_record(
     evaluated_on: Sequence[str] = (),
     languages: Sequence[str] = (),
 ) -> DistillationRecord:
-    """Return the record of a run so far, with the metrics of the last evaluation."""
+    """Return the record of a run so far, with the metrics of the student as it is now, where it was evaluated."""
     args, state = trainer.args, trainer.state
     student = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
     history = eval_history(state.log_history)
-    last: dict[str, float | None] = dict(history[-1]) if history else {}
+    last: dict[str, float | None] = dict(_present_metrics(trainer))
     teacher_names = {name: _TEACHER_METRIC.sub("_", name) for name in last if _TEACHER_METRIC.search(name)}
     return DistillationRecord(
         teachers=[_teacher_record(each, args) for each in trainer.teachers],
@@ -53,7 +53,25 @@ def build_training_record(
         },
         teacher_metrics={teacher_names[name]: value for name, value in last.items() if name in teacher_names},
         history=[dict(entry) for entry in history],
+        earlier=list(trainer.earlier_trainings),
     )
+
+
+def _present_metrics(trainer: Any) -> dict[str, float]:
+    """Return the metrics of the student's present weights; none if they were not evaluated since they were last changed.
+
+    At its end a training may have loaded the weights of an earlier step, the best one.
+    """
+    args, state = trainer.args, trainer.state
+    ends = [number for number, entry in enumerate(state.log_history) if "train_runtime" in entry]
+    since = state.log_history[ends[-1] :] if ends else []
+    step = state.global_step
+    if ends and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        evaluated_since = eval_history(since)
+        if evaluated_since:
+            return evaluated_since[-1]
+        step = state.best_global_step
+    return next((entry for entry in eval_history(state.log_history) if entry["step"] == step), {})
 
 
 def eval_history(history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:

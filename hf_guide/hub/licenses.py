@@ -10,8 +10,8 @@ from urllib.parse import quote
 
 from huggingface_hub import CardData
 
-from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, as_list, recorded_teacher, teacher_record
-from hf_guide.initialization.report import InitializationReport
+from hf_guide.hub.metadata import DistillationRecord, as_list, recorded_teacher, teacher_record, training_teachers
+from hf_guide.initialization.report import InitializationReport, TeacherRecord
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -25,14 +25,14 @@ def source_models(
 ) -> list[TeacherRecord]:
     """Return the models that a student was made from: the one that it was initialized from, then those of its training.
 
-    Of a student that was made in stages it is the first teacher, and the student before it if its card names a license.
+    Of a student that was made in stages the first is the first teacher, and the student before it if its card names a license.
 
     Args:
         report, record: How the student was initialized and trained.
         look_up: Whether to read the card of a model that the record does not describe.
         token: Access token for that card on the Hub.
     """
-    teachers = record.teachers if record is not None else []
+    teachers = training_teachers(report, record)
     if report is None:
         return teachers
     first = report.first_stage

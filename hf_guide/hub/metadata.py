@@ -23,7 +23,13 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 from hf_guide.errors import HfGuideError
-from hf_guide.initialization.report import REPORT_NAME, InitializationReport, StageRecord
+from hf_guide.initialization.report import (
+    REPORT_NAME,
+    InitializationReport,
+    StageRecord,
+    TeacherRecord,
+    TrainingSummary,
+)
 from hf_guide.methods import list_methods
 from hf_guide.utils.files import atomic_write_text
 from hf_guide.utils.fingerprint import files_fingerprint
@@ -74,38 +80,6 @@ _NON_RESULT_SUFFIXES = ("runtime", "per_second", "_time", "epoch", "step", "tota
 
 
 @dataclass
-class TeacherRecord:
-    """One teacher of a student.
-
-    Attributes:
-        name: Hub id, or the bare name of a folder or class: a record is published with the weights.
-        revision: Commit, where known.
-        weight: Weight of this teacher in the averaged teacher signal.
-        captured: Whether its signals were read from a teacher cache.
-        license: Of its own model card; a list where the card names several.
-        license_name, license_link, languages: Of the same card.
-        fingerprint: For a folder, a hash of its weights (`utils.fingerprint.files_fingerprint`).
-        source: Where it was loaded from, "hub" or "local"; None where it is not known, as in records of earlier versions.
-    """
-
-    name: str
-    revision: str | None = None
-    weight: float = 1.0
-    captured: bool = False
-    license: str | list[str] | None = None
-    license_name: str | None = None
-    license_link: str | None = None
-    languages: list[str] = field(default_factory=list)
-    fingerprint: str | None = None
-    source: Source | None = None
-
-    @property
-    def repo_id(self) -> str | None:
-        """Its Hub id; None if it was a folder or a model without an id."""
-        return to_repo_id(self.name, self.revision, self.source)
-
-
-@dataclass
 class DistillationRecord:
     """How a student was trained, saved next to its weights as `distillation.json`.
 
@@ -129,6 +103,7 @@ class DistillationRecord:
         metrics: Last evaluation, as `Trainer.evaluate` returns it.
         teacher_metrics, random_metrics: The same of the teacher, and of an equal student trained from random initialization.
         history: Evaluations during training, each with its "step".
+        earlier: The trainings before this one, the first one first.
         hf_guide_version, transformers_version: Versions used for training; by default the installed ones.
 
     Raises:
@@ -161,6 +136,7 @@ class DistillationRecord:
     teacher_metrics: dict[str, float | None] = field(default_factory=dict)
     random_metrics: dict[str, float | None] = field(default_factory=dict)
     history: list[dict[str, float | None]] = field(default_factory=list)
+    earlier: list[TrainingSummary] = field(default_factory=list)
     hf_guide_version: str | None = None
     transformers_version: str | None = None
 
@@ -173,6 +149,12 @@ class DistillationRecord:
         self.transformers_version = self.transformers_version or transformers.__version__
         for name in ("losses", "training", "metrics", "teacher_metrics", "random_metrics", "history"):
             setattr(self, name, _to_json_types(getattr(self, name), name))
+
+    @property
+    def trainings(self) -> list[TrainingSummary]:
+        """All trainings of the student, this one last if it has begun."""
+        this = TrainingSummary(self.teachers, self.losses, self.steps, self.tokens, self.datasets)
+        return [*self.earlier, this] if self.steps else list(self.earlier)
 
 
 def save_record(folder: str | os.PathLike[str], record: DistillationRecord) -> Path:
@@ -202,7 +184,8 @@ def load_record(path: str | os.PathLike[str]) -> DistillationRecord:
 
 def _parse_record(content: dict[str, Any]) -> DistillationRecord:
     teachers = [TeacherRecord(**teacher) for teacher in content.pop("teachers")]
-    return DistillationRecord(teachers=teachers, **_present_keys(content))
+    earlier = [TrainingSummary.parse(each) for each in content.pop("earlier", [])]
+    return DistillationRecord(teachers=teachers, earlier=earlier, **_present_keys(content))
 
 
 def _present_keys(content: dict[str, Any]) -> dict[str, Any]:
@@ -383,9 +366,34 @@ def lineage_of(source: Any) -> list[StageRecord]:
             return []
     if not isinstance(report, InitializationReport):
         return []
-    trained = isinstance(record, DistillationRecord)
-    training = {"steps": record.steps, "tokens": record.tokens, "losses": dict(record.losses)} if trained else {}
+    training = training_of_stage(record) if isinstance(record, DistillationRecord) else {}
     return [*report.lineage, report.as_stage(**training)]
+
+
+def training_of_stage(record: DistillationRecord) -> dict[str, Any]:
+    """Return the fields of a `StageRecord` about training: all teachers and the whole length, and the last losses."""
+    tokens = [each.tokens for each in record.trainings]
+    teachers = [teacher for each in record.trainings for teacher in each.teachers]
+    return {
+        "steps": sum(each.steps for each in record.trainings),
+        "tokens": None if None in tokens else sum(tokens) or None,
+        "losses": dict(record.losses),
+        "training_teachers": unique_teachers(teachers),
+    }
+
+
+def training_teachers(report: InitializationReport | None, record: DistillationRecord | None) -> list[TeacherRecord]:
+    """Return the teachers of all trainings on the way to a student, those of stages before it first."""
+    lineage = report.lineage if report is not None else []
+    teachers = [teacher for stage in lineage for teacher in stage.training_teachers]
+    if record is not None:
+        teachers += [teacher for each in record.earlier for teacher in each.teachers] + record.teachers
+    return unique_teachers(teachers)
+
+
+def unique_teachers(teachers: Iterable[TeacherRecord]) -> list[TeacherRecord]:
+    """Return each teacher once, as it is recorded last."""
+    return list({(each.name, each.revision, each.fingerprint): each for each in teachers}.values())
 
 
 def _download_card(name: str, revision: str | None, source: Source | None, token: str | bool | None) -> Path | None:

@@ -6,10 +6,11 @@ only that section and our keys of the metadata. Does not: change other text of t
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from hf_guide.hub.licenses import is_inherited, license_names, set_license, sour
 from hf_guide.hub.metadata import (
     CARD_NAME,
     LIBRARY_TAG,
+    MODEL_INDEX,
     RECORD_NAME,
     SUBCLASS_HEAD_AGREEMENT,
     DistillationRecord,
     MetricRow,
-    TeacherRecord,
     as_list,
     load_record,
     merge_metadata,
@@ -33,14 +34,24 @@ from hf_guide.hub.metadata import (
     read_card,
     result_rows,
     to_eval_results,
+    training_of_stage,
+    training_teachers,
 )
-from hf_guide.hub.saved_model import SavedModel, stored_sizes
-from hf_guide.initialization.report import REPORT_NAME, InitializationReport, format_count, format_ranges
+from hf_guide.hub.saved_model import SavedModel, saved_weights_fingerprint, stored_sizes
+from hf_guide.initialization.report import (
+    REPORT_NAME,
+    InitializationReport,
+    TeacherRecord,
+    format_count,
+    format_ranges,
+)
 from hf_guide.tasks import SENTENCE_PIPELINE_TAGS, SENTENCE_TAGS, pipeline_tag, task_of_class_name
 from hf_guide.utils.escaping import escape_markdown, markdown_code, to_single_line
 from hf_guide.utils.files import atomic_write
 from hf_guide.utils.public_names import is_local, to_repo_id
 from hf_guide.visualization import loss_curves, plot_explained_variance, plot_training
+
+logger = logging.getLogger(__name__)
 
 BEGIN = "<!-- hf_guide:begin -->"
 END = "<!-- hf_guide:end -->"
@@ -68,7 +79,7 @@ def write_model_card(
 
     An existing card keeps its text and metadata: only the section between `<!-- hf_guide:begin -->` and
     `<!-- hf_guide:end -->`, and our keys of the metadata, are replaced. A card without these comments gets the section at
-    its end.
+    its end. Results that the card lists for other weights, as the last drawing recorded, are removed with a warning.
 
     Args:
         folder: Folder of the saved student.
@@ -110,11 +121,13 @@ def write_model_card(
     teachers = (record.teachers if record is not None else []) or sources[:1]
     saved = SavedModel.read(folder)
     student_class = saved.stock_class or _class_from_records(report, record)
+    former, weights = _recorded_weights(card), saved_weights_fingerprint(folder)
+    _remove_former_results(data, former, weights, path)
     _remove_local_base_models(data)
     record_results = to_eval_results(record) if record is not None else []
     merge_metadata(
         data,
-        updates={"base_model": _base_models(report, teachers, saved.adapter_base)}
+        updates={"base_model": _base_models(report, record, saved.adapter_base)}
         | {"language": language if language is None or isinstance(language, str) else [*language]},
         appended={
             "datasets": [*(record.datasets if record is not None else []), *(datasets or [])],
@@ -136,6 +149,7 @@ def write_model_card(
         CardData(),
         template_str=resources.files("hf_guide.model_cards").joinpath("student.md").read_text(encoding="utf-8"),
         model_id=model_id,
+        weights=weights or former,
         student_class=student_class,
         results=_results_table(rows),
         **_license_values(data, sources),
@@ -168,6 +182,10 @@ def _report_and_record_values(
         "teacher": _markdown_link(first.teacher, first.repo_id) if first is not None else None,
         "stages": _stages_table(report, record) if report is not None and report.lineage else [],
         "teachers": [(_markdown_link(each.name, each.repo_id), each) for each in teachers],
+        "earlier": [
+            format_training(each.steps, each.tokens, each.losses, each.teachers)
+            for each in (record.earlier if record is not None else [])
+        ],
         "plot": PLOT_NAME if PLOT_NAME in plots else None,
         "training_plot": TRAINING_PLOT_NAME if TRAINING_PLOT_NAME in plots else None,
     }
@@ -301,12 +319,12 @@ def remove_local_paths(folder: Path) -> None:
 
 
 def _base_models(
-    report: InitializationReport | None, teachers: list[TeacherRecord], adapter: str | None
+    report: InitializationReport | None, record: DistillationRecord | None, adapter: str | None
 ) -> str | list[str] | None:
     if adapter is not None:
         return to_repo_id(adapter, None)
     candidates = [report.first_stage.repo_id] if report is not None else []
-    candidates += [teacher.repo_id for teacher in teachers]
+    candidates += [teacher.repo_id for teacher in training_teachers(report, record)]
     ids = list(dict.fromkeys(name for name in candidates if name is not None))
     return ids[0] if len(ids) == 1 else ids or None
 
@@ -319,6 +337,27 @@ def _remove_local_base_models(data: CardData) -> None:
         data["base_model"] = public or None
         local_tags = {f"base_model:adapter:{name}" for name in bases if name not in public}
         data["tags"] = [tag for tag in as_list(data.get("tags")) if tag not in local_tags] or None
+
+
+def _remove_former_results(data: CardData, former: str | None, weights: str | None, path: Path) -> None:
+    """Remove a card's results if they were measured on other weights than those that are saved now.
+
+    Both are fingerprints; without either it is not known, and the results stay.
+    """
+    if former is None or weights is None or former == weights or not data.get(MODEL_INDEX):
+        return
+    logger.warning(
+        "The results in the metadata of %s were measured on other weights than the student has now, and are removed: %s. "
+        "Evaluate it again, and add the new ones.",
+        path,
+        data.pop(MODEL_INDEX),
+    )
+
+
+def _recorded_weights(card: RepoCard | None) -> str | None:
+    """Return the fingerprint of the weights that our section of a card was drawn for; None if it has none."""
+    found = re.search(r"<!-- hf_guide:weights ([0-9a-f]+) -->", _section_of(card))
+    return found[1] if found is not None else None
 
 
 def _library_name(saved: SavedModel) -> str:
@@ -334,10 +373,13 @@ def _default_tags(report: InitializationReport | None, record: DistillationRecor
     return [*tags, "distillation"] if record is not None else tags
 
 
+def _section_of(card: RepoCard | None) -> str:
+    return card.text.partition(BEGIN)[2].partition(END)[0] if card is not None else ""
+
+
 def _recorded_repo_id(card: RepoCard | None) -> str | None:
     """Return the Hub id in our section of a card, which is the first string of its code; None for a folder's name."""
-    section = card.text.partition(BEGIN)[2].partition(END)[0] if card is not None else ""
-    name = re.match(r'[^"`]*"([^"\\]+)"', section.partition("```python")[2])
+    name = re.match(r'[^"`]*"([^"\\]+)"', _section_of(card).partition("```python")[2])
     return to_repo_id(name[1], None) if name is not None else None
 
 
@@ -415,18 +457,34 @@ def _results_table(rows: list[MetricRow]) -> list[list[str]]:
 
 def _stages_table(report: InitializationReport, record: DistillationRecord | None) -> list[list[str]]:
     """Return how a student was cut in stages as rows of cells, the header first."""
-    training = {} if record is None else {"steps": record.steps, "tokens": record.tokens, "losses": record.losses}
+    training = {} if record is None else training_of_stage(record)
     rows = [["stage", "made from", "parameters", "method", "sizes", "blocks", "training"]]
     for number, stage in enumerate([*report.lineage, report.as_stage(**training)], 1):
         blocks = [f"{stack}: {format_ranges(sources)}" for stack, sources in stage.blocks.items()]
-        losses = [f"{format_metric(weight)} x {name}" for name, weight in stage.losses.items()]
-        length = f"{stage.steps:,} steps" + ("" if stage.tokens is None else f", {format_count(stage.tokens)} tokens")
-        trained = f"{length}: {' + '.join(losses)}" if losses else length if stage.steps else "not recorded"
+        trained = format_training(stage.steps, stage.tokens, stage.losses, stage.training_teachers)
         sizes = [f"{axis} {old} -> {new}" for axis, (old, new) in stage.sizes.items() if old != new]
         counts = f"{format_count(stage.teacher_parameters)} -> {format_count(stage.student_parameters)}"
         cells = [number, stage.teacher, counts, stage.method, ", ".join(sizes), "; ".join(blocks), trained]
         rows.append([escape_markdown(str(cell)) for cell in cells])
     return rows
+
+
+def format_training(
+    steps: int, tokens: int | None, losses: Mapping[str, float], teachers: Sequence[TeacherRecord]
+) -> str:
+    """Return how long a student was trained, on what and by whom, as one phrase.
+
+    >>> format_training(100, None, {"kd": 1.0}, [TeacherRecord("org/teacher")])
+    '100 steps: 1 x kd, teacher org/teacher'
+    """
+    if not steps and not losses:
+        return "not recorded"
+    length = f"{steps:,} steps" + ("" if tokens is None else f", {format_count(tokens)} tokens")
+    terms = [f"{format_metric(weight)} x {name}" for name, weight in losses.items()]
+    names = [each.name for each in teachers]
+    parts = [" + ".join(terms)] if terms else []
+    parts += [f"teacher{'s' if len(names) > 1 else ''} {' and '.join(names)}"] if names else []
+    return f"{length}: {', '.join(parts)}" if parts else length
 
 
 def format_metric(value: object) -> str:

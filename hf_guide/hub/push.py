@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
 from hf_guide.hub.metadata import CARD_NAME, RECORD_NAME, DistillationRecord, read_card, save_record
-from hf_guide.hub.model_card import is_default_template, write_model_card
+from hf_guide.hub.model_card import PLOT_NAME, TRAINING_PLOT_NAME, is_default_template, write_model_card
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.models.code_references import clean_saved_folder
 from hf_guide.models.sentence_files import write_sentence_modules
@@ -87,7 +87,10 @@ class StudentPusher:
         tags: list[str] | None = None,
         save_options: Mapping[str, Any] | None = None,
     ) -> CommitInfo:
-        """Upload the student in one commit; an existing card of the repository keeps all text outside of our section."""
+        """Upload the student in one commit; an existing card of the repository keeps all text outside of our section.
+
+        The record and the plots of a former student, which this one does not have, are deleted in the same commit.
+        """
         api = HfApi(token=token)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr"):
@@ -100,12 +103,17 @@ class StudentPusher:
             model_tags = [*(self.student.model_tags or []), *(tags or [])]
             write_model_card(folder, report, model_id=repo_id, tags=model_tags, token=token)
             class_name = type(self.student).__name__
+            files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+            former = [
+                name
+                for name in (RECORD_NAME, TRAINING_PLOT_NAME, PLOT_NAME)
+                if name not in files and api.file_exists(repo_id, name, revision=revision)
+            ]
             return api.create_commit(
                 repo_id=repo_id,
                 operations=[
-                    CommitOperationAdd(file.relative_to(folder).as_posix(), file)
-                    for file in sorted(folder.rglob("*"))
-                    if file.is_file()
+                    *(CommitOperationAdd(name, file) for name, file in files.items()),
+                    *(CommitOperationDelete(name) for name in former),
                 ],
                 commit_message=commit_message
                 or f"Upload {'model' if 'Model' in class_name else class_name}",  # as the stock method prints it
@@ -208,8 +216,11 @@ def attach_report(student: PreTrainedModel, report: InitializationReport) -> Non
         student.push_to_hub = StudentPusher(student)  # type: ignore[assignment]
 
 
-def attach_record(student: PreTrainedModel, record: DistillationRecord) -> None:
-    """Set `student.distillation_record`, which is then saved as `distillation.json` and shown in the pushed card."""
+def attach_record(student: PreTrainedModel, record: DistillationRecord | None) -> None:
+    """Set `student.distillation_record`, which is then saved as `distillation.json` and shown in the pushed card.
+
+    None removes it: the student has been changed since.
+    """
     student.distillation_record = record  # type: ignore[assignment]
 
 

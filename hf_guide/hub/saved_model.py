@@ -1,9 +1,10 @@
 """The folder of a saved student: the class that loads it, and the tokenizer or processor that it shares with its teacher.
 
 Does: read a folder's configs; copy and check the teacher's tokenizer and processor files.
-Does not: write weights, or read more of them than their sizes.
+Does not: write weights, or read more of them than their sizes and a sample of their values.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -11,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
+from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
 
 from hf_guide.errors import HfGuideError, TeacherError
 from hf_guide.models.code_references import (
@@ -24,6 +27,7 @@ from hf_guide.models.code_references import (
 from hf_guide.models.model_files import NAMED_CHAT_TEMPLATES, PROCESSOR_FILES, check_model_folder, regular_files
 from hf_guide.models.sentence_files import MODEL_CONFIG_NAME, MODULES_NAME
 from hf_guide.teachers.shards import find_safetensors, read_headers
+from hf_guide.utils.fingerprint import tensors_fingerprint
 from hf_guide.utils.public_names import public_name
 
 logger = logging.getLogger(__name__)
@@ -98,6 +102,27 @@ def stored_sizes(folder: Path) -> dict[str, int]:
     return {
         each.key: each.shape.numel() for each in tensors if each.dtype is not None and each.dtype.is_floating_point
     }
+
+
+def saved_weights_fingerprint(folder: Path) -> str | None:
+    """Return a hash of a sample of the values of each tensor in a folder's weights, of a model or an adapter.
+
+    It does not depend on how they are divided into files. None where there are no weights, or only a pointer to them.
+    """
+    try:
+        files = find_safetensors(str(folder), {}) if folder.is_dir() else None
+        files = files or [str(path) for path in [folder / ADAPTER_SAFE_WEIGHTS_NAME] if path.is_file()]
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+            tensors = {name: file for file in opened for name in file.keys()}
+            return (
+                tensors_fingerprint((name, tensors[name].get_tensor(name)) for name in sorted(tensors))
+                if tensors
+                else None
+            )
+    except (TeacherError, SafetensorError) as error:
+        logger.info("The student's weights are not read: %s", error)
+        return None
 
 
 def _processor_class(folder: Path, config: dict[str, Any]) -> str | None:

@@ -52,6 +52,61 @@ class ParameterRecord:
 
 
 @dataclass
+class TeacherRecord:
+    """One teacher of a student.
+
+    Attributes:
+        name: Hub id, or the bare name of a folder or class: a record is published with the weights.
+        revision: Commit, where known.
+        weight: Weight of this teacher in the averaged teacher signal.
+        captured: Whether its signals were read from a teacher cache.
+        license: Of its own model card; a list where the card names several.
+        license_name, license_link, languages: Of the same card.
+        fingerprint: For a folder, a hash of its weights (`utils.fingerprint.files_fingerprint`).
+        source: Where it was loaded from, "hub" or "local"; None where it is not known, as in records of earlier versions.
+    """
+
+    name: str
+    revision: str | None = None
+    weight: float = 1.0
+    captured: bool = False
+    license: str | list[str] | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    languages: list[str] = field(default_factory=list)
+    fingerprint: str | None = None
+    source: Source | None = None
+
+    @property
+    def repo_id(self) -> str | None:
+        """Its Hub id; None if it was a folder or a model without an id."""
+        return to_repo_id(self.name, self.revision, self.source)
+
+
+@dataclass
+class TrainingSummary:
+    """A training that a student went through before its last one.
+
+    Attributes:
+        teachers: Whose signals it was trained on.
+        losses: Weight of each loss.
+        steps, tokens: Optimizer steps, and input tokens where they were counted.
+        datasets: Hub ids of the training datasets.
+    """
+
+    teachers: list[TeacherRecord] = field(default_factory=list)
+    losses: dict[str, float] = field(default_factory=dict)
+    steps: int = 0
+    tokens: int | None = None
+    datasets: list[str] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> "TrainingSummary":
+        """Return the training that JSON describes."""
+        return cls(**content | {"teachers": [TeacherRecord(**each) for each in content["teachers"]]})
+
+
+@dataclass
 class StageRecord:
     """One student on the way from the first teacher to a student that was cut in stages.
 
@@ -64,6 +119,7 @@ class StageRecord:
         steps, tokens: How long it was trained: optimizer steps, and input tokens where they were counted.
         losses: Weight of each loss that it was trained on; empty where no training was recorded.
         teacher_source: Where `teacher` was loaded from; None in records of earlier versions.
+        training_teachers: Whose signals it was trained on.
     """
 
     teacher: str
@@ -77,6 +133,14 @@ class StageRecord:
     tokens: int | None = None
     losses: dict[str, float] = field(default_factory=dict)
     teacher_source: Source | None = None
+    training_teachers: list[TeacherRecord] = field(default_factory=list)
+
+    @classmethod
+    def parse(cls, content: dict[str, Any]) -> "StageRecord":
+        """Return the stage that JSON describes; earlier versions did not record the teachers of its training."""
+        return cls(
+            **content | {"training_teachers": [TeacherRecord(**each) for each in content.get("training_teachers", [])]}
+        )
 
     @property
     def repo_id(self) -> str | None:
@@ -241,7 +305,7 @@ class InitializationReport:
 
         def parse(content: dict[str, Any]) -> InitializationReport:
             records = [ParameterRecord(**record) for record in content.pop("parameters")]
-            lineage = [StageRecord(**stage) for stage in content.pop("lineage", [])]
+            lineage = [StageRecord.parse(stage) for stage in content.pop("lineage", [])]
             return cls(parameters=records, lineage=lineage, **_with_new_keys(content))
 
         return read_json_record(

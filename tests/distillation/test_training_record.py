@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_guide import DistillationTrainer, InitializationReport, from_teacher
+from hf_guide.distillation.training_record import build_training_record
 from hf_guide.hub.metadata import load_record
+from hf_guide.hub.model_card import write_model_card
 from tests.distillation.small import collate, examples_for, llama
 from tests.distillation.test_trainer import arguments
 from tests.fake_hub import fake_hub
@@ -175,7 +178,9 @@ def test_a_loaded_student_is_saved_with_the_report_of_its_initialization(
         return student
 
     def download(repo_id: str, name: str, **where: Any) -> str:
-        asked.append((repo_id, where))
+        asked.append((repo_id, name, where))
+        if not (saved_student / name).is_file():
+            raise EntryNotFoundError(name)
         return str(saved_student / name)
 
     monkeypatch.setattr("hf_guide.distillation.student_init.hf_hub_download", download)
@@ -188,7 +193,9 @@ def test_a_loaded_student_is_saved_with_the_report_of_its_initialization(
     assert InitializationReport.load(tmp_path / "run") == InitializationReport.load(saved_student)
     assert load_record(tmp_path / "run").steps == 1
     assert "guide" in ModelCard.load(tmp_path / "run" / "README.md").data.tags
-    assert asked == ([("me/student", {"revision": "0" * 40, "token": "hf_none"})] if way == "hub" else [])
+    where = {"revision": "0" * 40, "token": "hf_none"}
+    files = ("initialization_report.json", "distillation.json")
+    assert asked == ([("me/student", name, where) for name in files] if way == "hub" else [])
 
 
 def test_a_student_of_random_weights_has_no_report_of_the_folder_of_its_config(
@@ -199,3 +206,74 @@ def test_a_student_of_random_weights_has_no_report_of_the_folder_of_its_config(
     DistillationTrainer(student, args, collate, examples_for("causal-lm")).save_model()
     assert "model.safetensors" in os.listdir(tmp_path / "run")
     assert "initialization_report.json" not in os.listdir(tmp_path / "run")
+
+
+def trainer_of(student: Any, folder: Path, teacher: Any = None, **options: Any) -> DistillationTrainer:
+    losses = {"ce": 1.0} if teacher is None else {"kd": 1.0}
+    args = arguments(folder, losses=losses, **{"max_steps": 2} | options)
+    examples = examples_for("causal-lm", 6, seed=4)
+    return DistillationTrainer(student, args, collate, examples_for("causal-lm"), examples, teacher=teacher)
+
+
+@pytest.mark.parametrize("end", ["not evaluated", "evaluated", "best", "best, evaluated again"])
+def test_the_results_of_a_record_are_those_of_the_weights_that_are_saved(end: str, tmp_path: Path) -> None:
+    best = {"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 2, "learning_rate": 10.0}
+    options: Any = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
+    trainer = trainer_of(llama(0), tmp_path, **options | (best if end.startswith("best") else {}))
+    trainer.train()
+    if end == "not evaluated":  # as a run that was interrupted after its last evaluation
+        trainer.state.global_step = 5
+    if end.endswith("again"):
+        trainer.evaluate()
+    metrics = build_training_record(trainer).metrics
+    if end == "not evaluated":
+        assert not metrics
+        return
+    if end.startswith("best"):
+        assert trainer.state.best_global_step == 2, "with so large a rate the student only gets worse"
+    assert metrics["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"])
+
+
+@pytest.mark.parametrize("way", ["in memory", "loaded"])
+@pytest.mark.parametrize("initialized", [True, False])
+def test_a_record_names_the_teachers_of_earlier_trainings(way: str, initialized: bool, tmp_path: Path) -> None:
+    teachers = [llama(2), llama(3), llama(4)]
+    for name, teacher in zip(("org/first", "org/second", "org/third"), teachers, strict=True):
+        teacher.config._name_or_path = name
+    student = from_teacher(teachers[0], num_hidden_layers=1, show_progress=False) if initialized else llama(0)
+    for number, teacher in enumerate(teachers[1:], 1):
+        folder = tmp_path / f"run{number}"
+        trainer = trainer_of(student, folder, teacher, save_strategy="steps", save_steps=2)
+        trainer.train()
+        assert not (folder / "checkpoint-2" / "distillation.json").exists(), "that would be of the training before"
+        trainer.save_model()
+        trainer.create_model_card()
+        student = trainer.unwrapped_student if way == "in memory" else AutoModelForCausalLM.from_pretrained(folder)
+    record = load_record(tmp_path / "run2")
+    assert [(each.steps, each.teachers[0].name, each.losses) for each in record.earlier] == [
+        (2, "org/second", {"kd": 1.0})
+    ]
+    card = ModelCard.load(tmp_path / "run2" / "README.md")
+    names = ["org/first"] * initialized + ["org/second", "org/third"]
+    assert card.data.base_model == names
+    assert "- Training 1, before this one: 2 steps: 1 x kd, teacher org/second\n" in card.text
+    if initialized:
+        last = from_teacher(tmp_path / "run2", num_hidden_layers=1, show_progress=False)
+        (stage,) = last.initialization_report.lineage
+        assert (stage.steps, [each.name for each in stage.training_teachers]) == (4, ["org/second", "org/third"])
+        last.save_pretrained(tmp_path / "last")
+        card = ModelCard.load(write_model_card(tmp_path / "last"))
+        assert card.data.base_model == names and "4 steps: 1 x kd, teachers org/second and org/third" in card.text
+
+
+def test_a_training_that_is_resumed_is_one(tmp_path: Path) -> None:
+    trainer = trainer_of(llama(0), tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    trainer.create_model_card()
+    trainer.args.max_steps = 4
+    trainer.train(resume_from_checkpoint=True)
+    trainer.create_model_card()
+    record = load_record(tmp_path)
+    assert record.steps == 4 and not record.earlier
+    trainer.train()
+    assert [each.steps for each in build_training_record(trainer).earlier] == [4]

@@ -3,15 +3,20 @@
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import LlamaForCausalLM, default_data_collator
 
+from hf_guide import Capture, DistillationArguments, DistillationTrainer, capture_teacher, from_teacher
 from hf_guide.errors import HfGuideError
-from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, save_record, teacher_record
+from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, load_record, save_record, teacher_record
 from hf_guide.hub.model_card import BEGIN, END, PLOT_NAME, TRAINING_PLOT_NAME, redraw_card, write_model_card
 from hf_guide.hub.push import fetch_card
 from hf_guide.initialization.report import InitializationReport
+from tests.tiny import KINDS
 
 REPORT = InitializationReport(
     teacher="someone/teacher",
@@ -299,7 +304,7 @@ def test_the_licence_is_that_of_the_teachers_card(tmp_path):
     (teacher / "README.md").write_text(f"---\n{head}---\n")
     known = teacher_record(str(teacher))
     assert known == TeacherRecord(
-        "teacher", license="other", license_name="big", license_link="LICENSE", languages=["en", "de"]
+        "teacher", license="other", license_name="big", license_link="LICENSE", languages=["en", "de"], source="local"
     )
     path = write_model_card(tmp_path / "student", dataclasses.replace(REPORT, teacher=str(teacher)))
     data = metadata(path)
@@ -466,3 +471,118 @@ def test_the_id_is_kept_in_every_kind_of_code(tmp_path, files):
         (tmp_path / name).write_text(content)
     first = body(write_model_card(tmp_path, REPORT, model_id="me/my_student"))
     assert body(write_model_card(tmp_path, REPORT)) == first and '"me/my_student")' in first
+
+
+# Where a teacher was loaded from
+
+
+def in_a_folder_of(tmp_path, monkeypatch, name):
+    """Save a teacher as a relative path and go there; its folder is moved away later."""
+    monkeypatch.chdir(tmp_path)
+    KINDS["llama"].teacher().save_pretrained(name)
+    (Path(name) / "README.md").write_text("---\nlicense: mit\n---\n")
+
+
+def move_and_put_another(name):
+    """Move a folder, and put another one with a card of its own at the last part of its path."""
+    Path(name).rename("moved")
+    other = Path(name).name
+    Path(other).mkdir(exist_ok=True)
+    (Path(other) / "README.md").write_text("---\nlicense: gpl-3.0\n---\n")
+
+
+@pytest.mark.parametrize("name", ["models/teacher", "teacher"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_folder_of_a_report_is_no_id_and_is_not_looked_up_elsewhere(tmp_path, monkeypatch, name, loaded):
+    in_a_folder_of(tmp_path, monkeypatch, name)
+    teacher = LlamaForCausalLM.from_pretrained(name) if loaded else name
+    student = from_teacher(teacher, num_hidden_layers=1, show_progress=False)
+    move_and_put_another(name)
+    student.save_pretrained("student")
+    path = write_model_card("student")
+    text = path.read_text()
+    assert "base_model" not in metadata(path) and "license" not in metadata(path) and "gpl" not in text
+    assert "from `teacher` (" in text and "huggingface.co" not in text
+    report = InitializationReport.load("student")
+    assert (report.teacher, report.revision, report.teacher_source) == ("teacher", None, "local")
+    second = from_teacher("student", num_hidden_layers=1, hidden_size=16, head_dim=4, show_progress=False)
+    path = write_model_card("second", second.initialization_report)
+    assert "base_model" not in metadata(path) and "license" not in metadata(path)
+
+
+def test_the_folder_of_a_report_is_read_where_its_weights_are_the_same(tmp_path, monkeypatch):
+    in_a_folder_of(tmp_path, monkeypatch, "teacher")
+    from_teacher("teacher", num_hidden_layers=1, show_progress=False).save_pretrained("student")
+    assert metadata(write_model_card("student"))["license"] == "mit"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "someone/teacher"])
+def test_a_repository_of_a_report_stays_one_where_a_folder_has_its_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir(parents=True)
+    (Path(name) / "README.md").write_text("---\nlicense: gpl-3.0\n---\n")
+    for each in (REPORT, dataclasses.replace(REPORT, teacher_source="hub", teacher=name)):
+        each.save("student")
+        assert each is REPORT or InitializationReport.load("student") == each
+    path = write_model_card("student")
+    assert metadata(path)["base_model"] == name and "license" not in metadata(path)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("name", ["models/teacher", "teacher"])
+def test_the_folder_of_a_training_is_no_id_and_is_not_looked_up_elsewhere(tmp_path, monkeypatch, name, captured):
+    in_a_folder_of(tmp_path, monkeypatch, name)
+    student = from_teacher(name, num_hidden_layers=1, show_progress=False)
+    rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}]
+    if captured:
+        capture_teacher(name, rows, "capture", data_collator=default_data_collator, show_progress=False)
+    args = DistillationArguments(
+        str(tmp_path / "run"), losses={"kd": 1.0}, max_steps=1, report_to="none", use_cpu=True
+    )
+    source = Capture.open("capture") if captured else name
+    trainer = DistillationTrainer(student, args, default_data_collator, rows, teacher=source)
+    trainer.train()
+    Path(name).rename("moved")
+    Path("elsewhere/teacher").mkdir(parents=True)
+    Path("elsewhere/teacher/README.md").write_text("---\nlicense: gpl-3.0\n---\n")
+    monkeypatch.chdir("elsewhere")
+    trainer.save_model()
+    trainer.create_model_card()
+    (teacher,) = load_record(tmp_path / "run").teachers
+    assert (teacher.name, teacher.source, teacher.repo_id, teacher.license) == ("teacher", "local", None, None)
+    path = write_model_card(tmp_path / "run")
+    assert "base_model" not in metadata(path) and "huggingface.co" not in path.read_text()
+
+
+# Results
+
+
+def result(metric, value):
+    return EvalResult("text-generation", "someone/text", "Some text", metric, value)
+
+
+def test_results_stay_with_the_weights_that_they_were_measured_on(tmp_path, caplog):
+    student = from_teacher(KINDS["llama"].teacher(), num_hidden_layers=1, show_progress=False)
+    student.save_pretrained(tmp_path)
+    path = write_model_card(tmp_path, model_id="me/student", results=[result("perplexity", 21.5)])
+    path.write_text(path.read_text().replace("# me/student", "# Mine\n\nMy own words, perplexity 21.5."))
+    student.save_pretrained(tmp_path)
+    write_model_card(tmp_path)
+    assert "| perplexity | 21.5 |" in body(path) and "model-index" in metadata(path) and not caplog.text
+    with torch.no_grad():
+        student.model.norm.weight.fill_(2.0)
+    student.save_pretrained(tmp_path)
+    write_model_card(tmp_path, results=[result("accuracy", 0.5)])
+    assert "| perplexity |" not in body(path) and "| accuracy | 0.5 |" in body(path)
+    (entry,) = ModelCard.load(path).data.eval_results
+    assert entry.metric_type == "accuracy" and "My own words, perplexity 21.5." in body(path)
+    assert "measured on other weights" in caplog.text and "21.5" in caplog.text
+
+
+def test_results_of_a_card_that_no_weights_are_known_of_stay(tmp_path):
+    path = tmp_path / "README.md"
+    results = [result("perplexity", 21.5)]
+    path.write_text(str(ModelCard(f"---\n{ModelCardData(model_name='mine', eval_results=results)}\n---\n# Mine\n")))
+    from_teacher(KINDS["llama"].teacher(), num_hidden_layers=1, show_progress=False).save_pretrained(tmp_path)
+    assert "| perplexity | 21.5 |" in body(write_model_card(tmp_path))
+    assert "| perplexity | 21.5 |" in body(write_model_card(tmp_path))

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, Trainer, Traini
 
 from hf_guide import FromTeacherMixin, InitializationReport, OptionError, from_teacher
 from hf_guide.hub.metadata import RECORD_NAME, DistillationRecord, load_record
-from hf_guide.hub.model_card import PLOT_NAME, write_model_card
+from hf_guide.hub.model_card import PLOT_NAME, TRAINING_PLOT_NAME, write_model_card
 from hf_guide.hub.push import attach_record, attach_report
 from hf_guide.initialization.report import REPORT_NAME, format_count
 from tests.fake_hub import FakeHub, fake_hub
@@ -459,3 +459,28 @@ def test_the_card_of_weights_that_are_not_there_counts_those_of_the_report(tmp_p
     first = write_model_card(tmp_path).read_text()
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
     assert write_model_card(tmp_path).read_text() == first
+
+
+REPLACE = """
+    from hf_guide import from_teacher
+    from hf_guide.hub.metadata import DistillationRecord
+    from hf_guide.hub.push import attach_record
+    from tests.hub.test_push import LLAMA, llama_student
+
+    metrics, history = {"eval_loss": 1.5}, [{"step": 7, "eval_loss": 1.5}]
+    data = {"task": "text-generation", "datasets": ["someone/text"]}
+    trained = llama_student()
+    attach_record(trained, DistillationRecord(steps=7, metrics=metrics, history=history, **data))
+    trained.push_to_hub("me/student")
+    llama_student(method="random").push_to_hub("me/student")
+"""
+
+
+@pytest.mark.extended
+def test_a_student_that_replaces_another_has_none_of_its_results(tmp_path: Path) -> None:
+    with fake_hub() as hub:
+        run_with_hub(REPLACE, hub, tmp_path)
+    files = hub.repositories["me/student"]
+    assert RECORD_NAME not in files and TRAINING_PLOT_NAME not in files and REPORT_NAME in files
+    card = files["README.md"].decode()
+    assert "model-index" not in card and "1.5" not in card and len(hub.commits) == 2
