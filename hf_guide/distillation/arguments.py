@@ -19,6 +19,8 @@ from transformers.trainer_utils import has_length
 from hf_guide.distillation.losses.divergences import DivergenceKind
 from hf_guide.distillation.losses.registry import get_loss, parse_loss_options, parse_losses, registered_losses
 from hf_guide.errors import OptionError
+from hf_guide.hub.metadata import check_repo_id
+from hf_guide.hub.push import check_hub_target
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
 from hf_guide.utils.files import check_can_create
@@ -374,6 +376,10 @@ def validate_arguments(args: Any, expected: type[DistillationArguments] = Distil
             "use_liger_kernel computes the student's task loss without logits, so that there is nothing to compare with the "
             "teacher's. Leave it out: losses are computed in chunks of tokens here too."
         )
+    if args.push_to_hub and args.process_index == 0:  # the only one that pushes
+        check_hub_target(args.hub_model_id or Path(args.output_dir or "").absolute().name, args.hub_token)
+    elif args.hub_model_id is not None:
+        check_repo_id("hub_model_id", args.hub_model_id)
     if args.n_gpu > 1:
         raise OptionError(
             f"One process sees {args.n_gpu} GPUs, for which Trainer would use DataParallel. Launch one process per GPU, with "

@@ -3,14 +3,16 @@
 Files never contain the teacher, a local path or a token.
 """
 
+import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitInfo
 from torch import nn
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 
 from hf_guide.distillation.arguments import DistillationArguments, redacted_training_args
 from hf_guide.distillation.merging import save_merged
@@ -29,6 +31,8 @@ from hf_guide.models.sentence_files import write_sentence_modules
 from hf_guide.models.sentence_modules import attached_sentence_modules
 from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.utils.finite import check_weights_finite
+
+logger = logging.getLogger(__name__)
 
 
 class FormerRecordCallback(TrainerCallback):
@@ -84,9 +88,38 @@ class StudentFilesTrainer(StepCheckedTrainer):
             write_sentence_modules(modules, folder)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        is_busy = self.push_in_progress is not None and not self.push_in_progress.is_done()
+        is_pushed = self.args.hub_strategy != HubStrategy.END and (self.args.hub_always_push or not is_busy)
+        if self.is_world_process_zero() and is_pushed and not self._draw_card_of(Path(checkpoint_folder)):
+            return
         remove_paths_from_state(Path(checkpoint_folder))
         with redacted_training_args(self):
             super()._push_from_checkpoint(checkpoint_folder)
+
+    def _draw_card_of(self, checkpoint: Path) -> bool:
+        """Put the card, the record and the report of a checkpoint into `output_dir`, which is pushed with its weights.
+
+        Those that are there may be of a former run.
+
+        Returns:
+            Whether it can be pushed: not over a card on the Hub that cannot be read now, which a later push will keep.
+        """
+        folder, report = Path(self.args.output_dir or ""), checkpoint / REPORT_NAME
+        repo_id: Any = self.hub_model_id  # known where anything is pushed
+        try:
+            fetch_card(repo_id, folder, seen=self._seen_cards, **self._hub_target)
+        except OSError as error:
+            logger.warning("%s is not pushed, for the model card on the Hub cannot be read: %s", checkpoint, error)
+            return False
+        if report.is_file():
+            shutil.copyfile(report, folder / REPORT_NAME)
+        else:
+            (folder / REPORT_NAME).unlink(missing_ok=True)
+        record = build_training_record(self)
+        save_record(folder, record)
+        card = write_model_card(folder, record=record, model_id=repo_id, saved_in=checkpoint)
+        self._seen_cards.add(card.read_bytes())
+        return True
 
     def save_state(self) -> None:
         """Save `trainer_state.json` into `output_dir` as `Trainer` does, without the path of the best checkpoint."""

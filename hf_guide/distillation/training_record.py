@@ -38,7 +38,7 @@ def build_training_record(
         losses=args.loss_weights,
         temperature=args.temperature,
         kd_loss_type=args.kd_loss_type if "kd" in args.loss_weights else None,
-        student_class=type(student).__name__,
+        student_class=type(without_adapter(student)).__name__,
         student_parameters=student.num_parameters() if hasattr(student, "num_parameters") else None,
         task=pipeline_tag(type(without_adapter(student))),
         datasets=[public_name(name) for name in datasets],

@@ -4,14 +4,33 @@ Does: list the models that its weights and its training come from; combine their
 Does not: read their cards (`metadata.py`), or draw the student's (`model_card.py`).
 """
 
+import logging
 import os
+import re
 from typing import Any
 from urllib.parse import quote
 
 from huggingface_hub import CardData
 
+from hf_guide.errors import OptionError
 from hf_guide.hub.metadata import DistillationRecord, as_list, recorded_teacher, teacher_record, training_teachers
 from hf_guide.initialization.report import InitializationReport, TeacherRecord
+from hf_guide.validation import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+HUB_LICENSES = frozenset(
+    "apache-2.0 mit openrail bigscience-openrail-m creativeml-openrail-m bigscience-bloom-rail-1.0 bigcode-openrail-m afl-3.0 "
+    "artistic-2.0 bsl-1.0 bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear c-uda cc cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 "
+    "cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 "
+    "cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0 cc-by-nc-sa-4.0 cdla-sharing-1.0 cdla-permissive-1.0 "
+    "cdla-permissive-2.0 wtfpl ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 eupl-1.2 agpl-3.0 gfdl gpl gpl-2.0 gpl-3.0 lgpl "
+    "lgpl-2.1 lgpl-3.0 isc h-research intel-research lppl-1.3c ms-pl apple-ascl apple-amlr mpl-2.0 odc-by odbl openmdw-1.0 "
+    "openmdw-1.1 openrail++ osl-3.0 postgresql ofl-1.1 ncsa unlicense zlib pddl lgpl-lr deepfloyd-if-license "
+    "fair-noncommercial-research-license llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 grok2-community gemma unknown "
+    "other".split()
+)
+"""The license identifiers that the Hub accepts in a card: https://huggingface.co/docs/hub/repositories-licenses."""
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -63,6 +82,25 @@ def _is_among(teachers: list[TeacherRecord], name: str, fingerprint: str | None)
     """Return whether a model is one of the teachers: two folders of one name may hold different models."""
     known = (None, fingerprint)
     return any(each.name == name and (fingerprint is None or each.fingerprint in known) for each in teachers)
+
+
+def check_license(license: str) -> None:
+    """Check that a license is an identifier of the Hub, which refuses a card with another one.
+
+    The Hub's list may have grown: one that only is not known here is a warning.
+
+    Raises:
+        OptionError: It has a form that no identifier has; names the nearest one.
+    """
+    if license in HUB_LICENSES:
+        return
+    nearest = did_you_mean(license.lower().replace(" ", "-"), sorted(HUB_LICENSES))
+    advice = (
+        f"{nearest} For a license that is not among them use other, and set license_name and license_link in the card."
+    )
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", license):
+        raise OptionError(f"license must be an identifier of the Hub, such as apache-2.0; found {license!r}.{advice}")
+    logger.warning("The Hub is not known to have the license %r, and may refuse the card.%s", license, advice)
 
 
 def set_license(data: CardData, license: str | None, sources: list[TeacherRecord]) -> None:

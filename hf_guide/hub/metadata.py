@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 from huggingface_hub import CardData, EvalResult, RepoCard, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
+from huggingface_hub.utils import validate_repo_id
 
-from hf_guide.errors import HfGuideError
+from hf_guide.errors import HfGuideError, OptionError
 from hf_guide.initialization.report import (
     REPORT_NAME,
     InitializationReport,
@@ -491,6 +492,34 @@ def merge_results(data: CardData, results: Sequence[EvalResult], model_id: str) 
     if merged:
         data[MODEL_INDEX] = eval_results_to_model_index(model_id, merged)
     return merged
+
+
+def check_repo_id(option: str, value: str) -> None:
+    """Check that a value can be the id of a repository.
+
+    Raises:
+        OptionError: Names the option, and the rule that the value breaks.
+    """
+    try:
+        validate_repo_id(value)
+    except HFValidationError as error:
+        raise OptionError(
+            f"{option} must be the id of a repository on the Hub, such as me/student: {error}"
+        ) from error
+
+
+def check_languages(languages: Iterable[str]) -> None:
+    """Check that languages are codes that the Hub accepts in a card.
+
+    Raises:
+        OptionError: Names the one that is not.
+    """
+    for language in languages:
+        if not re.fullmatch("[a-z]{2,3}|code|multilingual", language):
+            raise OptionError(
+                f"language must be an ISO 639 code of two or three small letters, such as en, or code or multilingual; found "
+                f"{language!r}. The Hub refuses a card with another one."
+            )
 
 
 def as_list(value: Any) -> list[Any]:

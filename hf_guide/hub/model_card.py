@@ -18,7 +18,14 @@ from typing import Any
 from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 
 from hf_guide.errors import HfGuideError
-from hf_guide.hub.licenses import is_inherited, license_names, set_license, source_languages, source_models
+from hf_guide.hub.licenses import (
+    check_license,
+    is_inherited,
+    license_names,
+    set_license,
+    source_languages,
+    source_models,
+)
 from hf_guide.hub.metadata import (
     CARD_NAME,
     LIBRARY_TAG,
@@ -28,6 +35,8 @@ from hf_guide.hub.metadata import (
     DistillationRecord,
     MetricRow,
     as_list,
+    check_languages,
+    check_repo_id,
     load_record,
     merge_metadata,
     merge_results,
@@ -70,9 +79,10 @@ def write_model_card(
     model_id: str | None = None,
     license: str | None = None,
     language: str | Sequence[str] | None = None,
-    datasets: Sequence[str] | None = None,
-    tags: Sequence[str] | None = None,
+    datasets: str | Sequence[str] | None = None,
+    tags: str | Sequence[str] | None = None,
     results: Sequence[EvalResult] | None = None,
+    saved_in: str | os.PathLike[str] | None = None,
     token: str | bool | None = None,
 ) -> Path:
     """Draw our section of a student's `README.md` and its plots, and return the card's path.
@@ -91,9 +101,11 @@ def write_model_card(
         datasets: Ids of training datasets in addition to the record's.
         tags: Tags in addition to ours.
         results: Evaluations in addition to the record's, for the table and the metadata.
+        saved_in: Folder of the student and its report where `folder` has only the card yet.
         token: Access token for the teacher's card on the Hub.
 
     Raises:
+        OptionError: The license, a language or a dataset is none that the Hub accepts in a card.
         HfGuideError: There is neither a report nor a record, or the existing card cannot be read.
 
     Example:
@@ -103,8 +115,15 @@ def write_model_card(
         ...     "100 steps" in path.read_text()
         True
     """
+    languages, datasets, tags = (_strings(each) for each in (language, datasets, tags))
+    if license:
+        check_license(license)
+    check_languages(languages)
+    for each in datasets:
+        check_repo_id("dataset_name", each)
     folder = Path(folder)
-    report = report or (InitializationReport.load(folder) if (folder / REPORT_NAME).is_file() else None)
+    saved_in = folder if saved_in is None else Path(saved_in)
+    report = report or (InitializationReport.load(saved_in) if (saved_in / REPORT_NAME).is_file() else None)
     record = record or (load_record(folder) if (folder / RECORD_NAME).is_file() else None)
     if report is None and record is None:
         raise HfGuideError(
@@ -119,9 +138,9 @@ def write_model_card(
     model_id = model_id or _recorded_repo_id(card) or folder.resolve().name
     sources = source_models(report, record, look_up=not (license or data.get("license")), token=token)
     teachers = (record.teachers if record is not None else []) or sources[:1]
-    saved = SavedModel.read(folder)
+    saved = SavedModel.read(saved_in)
     student_class = saved.stock_class or _class_from_records(report, record)
-    former, weights = _recorded_weights(card), saved_weights_fingerprint(folder)
+    former, weights = _recorded_weights(card), saved_weights_fingerprint(saved_in)
     _remove_former_results(data, former, weights, path)
     _remove_local_base_models(data)
     record_results = to_eval_results(record) if record is not None else []
@@ -130,8 +149,8 @@ def write_model_card(
         updates={"base_model": _base_models(report, record, saved.adapter_base)}
         | {"language": language if language is None or isinstance(language, str) else [*language]},
         appended={
-            "datasets": [*(record.datasets if record is not None else []), *(datasets or [])],
-            "tags": [*_default_tags(report, record), *SENTENCE_TAGS.get(saved.sentence_class, []), *(tags or [])],
+            "datasets": [*(record.datasets if record is not None else []), *datasets],
+            "tags": [*_default_tags(report, record), *SENTENCE_TAGS.get(saved.sentence_class, []), *tags],
         },
         defaults={
             "library_name": _library_name(saved),
@@ -154,7 +173,7 @@ def write_model_card(
         results=_results_table(rows),
         **_license_values(data, sources),
         **_report_and_record_values(report, record, teachers, draw_plots(report, record, folder)),
-        student_size=_format_student_size(report, record, folder),
+        student_size=_format_student_size(report, record, saved_in),
         **_saved_model_values(saved, student_class, record),
         **_FILTERS,
     )
@@ -165,6 +184,10 @@ def write_model_card(
         card.text = replace_section(card.text, extract_section(rendered.text), path)
     write_card(path, card)
     return path
+
+
+def _strings(value: str | Sequence[str] | None) -> list[str]:
+    return [value] if isinstance(value, str) else [*(value or ())]
 
 
 def _report_and_record_values(
@@ -232,9 +255,12 @@ def redraw_card(folder: str | os.PathLike[str], **card_options: Any) -> Path:
         **card_options: Keyword arguments of `write_model_card`.
 
     Raises:
+        OptionError: An option is none that the Hub accepts in a card, or the id of a repository that it cannot have.
         NotADirectoryError: There is no such folder.
         HfGuideError: It contains no report and no record, or a card that cannot be read.
     """
+    if card_options.get("model_id") is not None:
+        check_repo_id("model_id", card_options["model_id"])
     if not Path(folder).is_dir():
         raise NotADirectoryError(f"{folder} is not a folder; name the folder that a student was saved in.")
     return write_model_card(folder, **card_options)

@@ -13,7 +13,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi, hf_hub_download
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    get_token,
+    hf_hub_download,
+    is_offline_mode,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     LocalEntryNotFoundError,
@@ -24,7 +32,8 @@ from huggingface_hub.errors import (
 from transformers import PreTrainedModel
 from transformers.utils import PushToHubMixin
 
-from hf_guide.hub.metadata import CARD_NAME, RECORD_NAME, DistillationRecord, read_card, save_record
+from hf_guide.errors import OptionError
+from hf_guide.hub.metadata import CARD_NAME, RECORD_NAME, DistillationRecord, check_repo_id, read_card, save_record
 from hf_guide.hub.model_card import PLOT_NAME, TRAINING_PLOT_NAME, is_default_template, write_model_card
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.models.code_references import clean_saved_folder
@@ -202,6 +211,21 @@ def _published_card(repo_id: str, *, token: str | bool | None, revision: str | N
         except (RemoteEntryNotFoundError, RevisionNotFoundError, RepositoryNotFoundError):
             return None
         return Path(downloaded).read_bytes()
+
+
+def check_hub_target(repo_id: str, token: str | bool | None) -> None:
+    """Check, before a training, that what is pushed after it can have this id, and that there is a token.
+
+    Raises:
+        OptionError: Names what to set.
+    """
+    check_repo_id("hub_model_id (by default the name of output_dir)", repo_id)
+    if is_offline_mode():
+        raise OptionError("push_to_hub needs the Hub, and HF_HUB_OFFLINE is set. Unset it, or leave push_to_hub out.")
+    if not token and get_token() is None:
+        raise OptionError(
+            "push_to_hub needs a token of the Hub: log in with `hf auth login`, or set HF_TOKEN or hub_token."
+        )
 
 
 def attach_report(student: PreTrainedModel, report: InitializationReport) -> None:

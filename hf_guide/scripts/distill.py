@@ -24,7 +24,7 @@ from hf_guide.data.chat import set_chat_template
 from hf_guide.data.class_labels import student_labels, value_kind
 from hf_guide.data.loading import find_column, load_splits
 from hf_guide.data.preprocessing import ProcessedData, preprocess
-from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments
+from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments, validate_arguments
 from hf_guide.distillation.checkpoints import has_checkpoints, validate_checkpoint
 from hf_guide.distillation.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 from hf_guide.errors import HfGuideError, OptionError, TaskError, TeacherError, one_paragraph
@@ -286,6 +286,7 @@ def _train_and_save(
 
 
 def _check_config(models: ModelArguments, args: DistillationArguments) -> None:
+    validate_arguments(args, Seq2SeqDistillationArguments)
     if models.model_name_or_path and args.student_init_kwargs:
         raise OptionError(
             "model_name_or_path and student_init_kwargs are both given: use the first for an existing student, the "

@@ -1,12 +1,13 @@
 """Arguments of the previous release are accepted, and the warning states what replaces them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hf_guide import DistillationTrainer, OptionError
-from hf_guide.scripts.distill import read_config
+from hf_guide.scripts.distill import distill, read_config
 from tests.distillation.small import collate, examples_for, llama
 from tests.distillation.test_trainer import arguments
 
@@ -28,6 +29,40 @@ def test_an_old_name_warns_of_the_new_one(old: str, value: Any, new: str, parsed
     assert getattr(args, new) == parsed
     with pytest.warns(FutureWarning, match=f"use '{new}'"):
         assert getattr(args, old) == parsed
+
+
+@pytest.mark.parametrize(
+    ("options", "token", "message"),
+    [
+        (
+            {"hub_model_id": "me/my student"},
+            "hf_none",
+            "must be the id of a repository on the Hub, such as me/student",
+        ),
+        ({"hub_model_id": "a/b/c"}, "hf_none", "must be the id of a repository"),
+        ({}, "hf_none", "by default the name of output_dir.* must be the id"),
+        ({"hub_model_id": "me/student"}, None, "push_to_hub needs a token of the Hub: log in with `hf auth login`"),
+    ],
+)
+@pytest.mark.parametrize("way", ["trainer", "script"])
+def test_a_push_that_must_fail_is_an_error_before_any_work(
+    way: str, options: Any, token: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_guide.hub.push.is_offline_mode", lambda: False)
+    monkeypatch.setattr("hf_guide.hub.push.get_token", lambda: token)
+    values = {"losses": {"kd": 1.0}, "push_to_hub": True, "output_dir": str(tmp_path / "my run")} | options
+    with pytest.raises(OptionError, match=message):
+        if way == "script":
+            entries = {"teacher": "none/there", "dataset_name": "none/there", "use_cpu": True, "report_to": "none"}
+            (tmp_path / "config.json").write_text(
+                json.dumps(values | entries | {"student_init_kwargs": {"num_hidden_layers": 1}})
+            )
+            distill(read_config(tmp_path / "config.json"))
+        else:
+            args = arguments(values.pop("output_dir"), **values)
+            DistillationTrainer(
+                {"num_hidden_layers": 1}, args, collate, examples_for("causal-lm"), teacher="none/there"
+            )
 
 
 def test_a_removed_argument_is_an_error_that_states_what_to_do(tmp_path: Path) -> None:

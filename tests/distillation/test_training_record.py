@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_guide import DistillationTrainer, InitializationReport, from_teacher
@@ -104,6 +105,42 @@ TRAIN = """
     trainer.push_to_hub(dataset_tags="someone/text", language="en", commit_message="the end")
     (folder / "metrics.json").write_text(json.dumps(metrics))
 """
+
+LEFTOVER = """
+    import sys
+    from pathlib import Path
+    from hf_guide import DistillationTrainer
+    from hf_guide.hub.metadata import DistillationRecord, save_record
+    from hf_guide.hub.model_card import write_model_card
+    from tests.distillation.small import collate, examples_for, llama
+    from tests.distillation.test_trainer import arguments
+    from tests.hub.test_push import llama_student
+
+    folder = Path(sys.argv[1]) / "run"
+    llama_student().save_pretrained(folder)
+    metrics = {"eval_accuracy": 0.75}
+    former = DistillationRecord(task="text-generation", datasets=["someone/text"], steps=77, metrics=metrics)
+    save_record(folder, former)
+    card = write_model_card(folder)
+    card.write_text(card.read_text() + "\\nMy own words.\\n")
+    args = arguments(
+        folder, losses={"ce": 1.0}, max_steps=2, push_to_hub=True, hub_model_id="me/student", hub_strategy="every_save",
+        save_strategy="steps", save_steps=2, hub_always_push=True,
+    )
+    DistillationTrainer(llama(0), args, collate, examples_for("causal-lm")).train()
+"""
+
+
+@pytest.mark.extended
+def test_a_pushed_checkpoint_has_a_card_of_its_own(tmp_path: Path) -> None:
+    with fake_hub() as hub:
+        run_with_hub(LEFTOVER, hub, tmp_path)
+    files = hub.repositories["me/student"]
+    card = files["README.md"].decode()
+    assert "My own words." in card and "Length: 2 steps" in card
+    assert "0.75" not in card and "77" not in card and "initialized" not in card
+    assert json.loads(files["distillation.json"])["steps"] == 2 and "initialization_report.json" not in files
+
 
 LOAD = """
     import json, math, sys
@@ -277,3 +314,18 @@ def test_a_training_that_is_resumed_is_one(tmp_path: Path) -> None:
     assert record.steps == 4 and not record.earlier
     trainer.train()
     assert [each.steps for each in build_training_record(trainer).earlier] == [4]
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT's own call
+def test_the_card_of_an_adapter_names_its_base(tmp_path: Path) -> None:
+    llama(0).save_pretrained(tmp_path / "base")
+    args = arguments(tmp_path / "run", losses={"ce": 1.0}, max_steps=1)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    trainer = DistillationTrainer(base, args, collate, examples_for("causal-lm"), peft_config=lora)
+    trainer.train()
+    trainer.save_model()
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.library_name == "peft" and "# base: base, a LlamaForCausalLM" in card.text
+    assert "PeftModelFor" not in card.text and str(tmp_path) not in str(card)

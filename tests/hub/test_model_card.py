@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import LlamaForCausalLM, default_data_collator
 
 from hf_guide import Capture, DistillationArguments, DistillationTrainer, capture_teacher, from_teacher
-from hf_guide.errors import HfGuideError
+from hf_guide.errors import HfGuideError, OptionError
 from hf_guide.hub.metadata import DistillationRecord, TeacherRecord, load_record, save_record, teacher_record
 from hf_guide.hub.model_card import BEGIN, END, PLOT_NAME, TRAINING_PLOT_NAME, redraw_card, write_model_card
 from hf_guide.hub.push import fetch_card
@@ -586,3 +586,34 @@ def test_results_of_a_card_that_no_weights_are_known_of_stay(tmp_path):
     from_teacher(KINDS["llama"].teacher(), num_hidden_layers=1, show_progress=False).save_pretrained(tmp_path)
     assert "| perplexity | 21.5 |" in body(write_model_card(tmp_path))
     assert "| perplexity | 21.5 |" in body(write_model_card(tmp_path))
+
+
+# Options that the Hub would refuse
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"license": "Apache-2.0"}, "license must be an identifier of the Hub.*'Apache-2.0'.*apache-2.0"),
+        ({"license": "my own"}, "For a license that is not among them use other"),
+        ({"language": "English"}, "language must be an ISO 639 code.*'English'"),
+        ({"language": ["en", "pt-BR"]}, "found 'pt-BR'"),
+        ({"datasets": ["my data"]}, "dataset_name must be the id of a repository on the Hub"),
+        ({"model_id": "me/my student"}, "model_id must be the id of a repository on the Hub"),
+    ],
+)
+def test_an_option_that_the_hub_would_refuse_is_an_error(tmp_path, options, message):
+    save_record(tmp_path, RECORD)
+    with pytest.raises(OptionError, match=message):
+        redraw_card(tmp_path, **options)
+    assert not (tmp_path / "README.md").exists()
+
+
+def test_a_license_that_may_be_newer_than_the_list_is_a_warning(tmp_path, caplog):
+    assert metadata(write_model_card(tmp_path, REPORT, license="apache-3.0"))["license"] == "apache-3.0"
+    assert "may refuse the card" in caplog.text and "apache-2.0" in caplog.text
+
+
+def test_one_tag_or_dataset_may_be_a_string(tmp_path):
+    data = metadata(write_model_card(tmp_path, REPORT, tags="small", datasets="me/data"))
+    assert data["tags"] == ["hf_guide", "guide", "small"] and data["datasets"] == ["me/data"]
