@@ -91,8 +91,8 @@ def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = W
     A Hub id is not checked: the Hub's client keeps its files together.
 
     Raises:
-        TeacherError: a file is outside of the folder; or the name is that of a file, or begins with '~', which only a shell
-            expands.
+        TeacherError: a file is outside of the folder; or the name is that of a file, of no folder and no Hub id, or
+            begins with '~', which only a shell expands.
     """
     folder = Path(name)
     if folder.parts[:1] == ("~",) and not folder.exists():
@@ -102,6 +102,8 @@ def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = W
     if folder.is_file():
         gguf = f", with gguf_file={folder.name!r}" if folder.suffix == ".gguf" else ""
         raise TeacherError(f"{name} is a file; pass its folder{gguf}.")
+    if not folder.exists() and (folder.is_absolute() or os.fspath(name).startswith(".")):
+        raise TeacherError(f"{name} cannot be read: there is no such folder.")
     if not folder.is_dir():
         return
     for path in [*folder.iterdir(), *folder.glob(NAMED_CHAT_TEMPLATES)]:

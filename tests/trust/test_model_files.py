@@ -15,6 +15,7 @@ from hf_guide.hub.saved_model import copy_tokenizer_files
 from hf_guide.models.model_files import check_model_folder, is_outside_folder
 from hf_guide.models.pretrained import load_config
 from hf_guide.tasks import Task
+from hf_guide.teachers.checkpoint import open_teacher
 from hf_guide.teachers.loading import load_teacher, load_teachers
 from tests.tiny import KINDS
 from tests.trust.artefacts import change_json, make_tokenizer, save_teacher
@@ -253,10 +254,17 @@ def test_a_stock_students_tokenizer_loses_its_reference_in_a_checkpoint_too(tmp_
 @pytest.mark.parametrize(
     "words", [["init", "~/teacher", "-o", "out"], ["inspect", "~/teacher"], ["capture", "~/teacher", "-o", "out"]]
 )
-def test_a_home_that_no_shell_expanded_is_named(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_names_the_folder_in_the_home_that_does_not_exist(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     data = ["--data-files", "a.txt"] if words[0] == "capture" else []
     assert cli.main(words + data) == 1
-    assert "'~' is expanded by a shell only. Write the whole path" in capsys.readouterr().err
+    assert f"{Path.home() / 'teacher'} cannot be read: there is no such folder." in capsys.readouterr().err
+
+
+def test_a_home_that_no_shell_expanded_is_named() -> None:
+    with pytest.raises(TeacherError, match="'~' is expanded by a shell only. Write the whole path"):
+        open_teacher("~/teacher")
 
 
 def test_an_adapter_whose_base_is_missing_is_an_error_with_a_remedy(folder: Path, tmp_path: Path) -> None:
