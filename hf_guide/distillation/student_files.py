@@ -43,10 +43,13 @@ class FormerRecordCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Detach the record of a training that this one does not resume."""
-        record: Any = getattr(self.trainer.unwrapped_student, "distillation_record", None)
-        if record is not None and state.global_step == 0:
+        student: Any = self.trainer.unwrapped_student
+        record = getattr(student, "distillation_record", None)
+        if record is None:
+            return
+        if state.global_step == 0:
             self.trainer.earlier_trainings = record.trainings
-        attach_record(self.trainer.unwrapped_student, None)
+        attach_record(student, None)
 
 
 class StudentFilesTrainer(StepCheckedTrainer):
