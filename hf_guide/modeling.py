@@ -377,8 +377,8 @@ def plan_student(
     A teacher that is not stored as plain safetensors (`.bin`, GGUF, quantised) is loaded to learn its shapes.
 
     Args:
-        teacher, config, method, model_class, dtype, tokenizer: As in `from_teacher`; blocks that a method chooses by data are
-            not known.
+        teacher, config, method, model_class, dtype, tokenizer: As in `from_teacher`. Which blocks a method chooses by data is
+            not known: `blocks` of the plan omits their stacks, and `measured` has how many are kept.
         num_parameters, active_parameters, memory, cache_length: As in `from_teacher`, of a method without calibration data.
         revision, token, cache_dir, local_files_only, trust_remote_code, gguf_file, subfolder: As in `from_pretrained`.
         **overrides: Fields of the teacher's config that the student changes.

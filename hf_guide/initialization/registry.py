@@ -26,9 +26,11 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.errors import OptionError
+from hf_guide.initialization.blocks.stacks import stack_pattern
 from hf_guide.initialization.build import build_student
 from hf_guide.initialization.config import (
     CONFIG_CLASSES,
+    MEASURED_SELECTIONS,
     InitializationConfig,
     PlanOptions,
     registered_configs,
@@ -43,6 +45,7 @@ from hf_guide.initialization.report import (
     format_count,
     format_ranges,
     parameter_table,
+    without_numbers,
 )
 from hf_guide.initialization.student_shape import label_row_indices
 from hf_guide.initialization.transfer import Transfer
@@ -148,10 +151,13 @@ class StudentPlan:
         student: The student on the meta device: its class, config, names and shapes.
         method: The name of the method.
         teacher: The teacher's id, folder or class, and how many parameters it has.
-        blocks: By stack, the teacher's block that feeds each of the student's; empty for a method that reads only the config.
+        blocks: By stack, the teacher's block that feeds each of the student's; without the stacks in `measured`, and empty for
+            a method that reads only the config.
         sizes: By axis, the teacher's size and the student's.
-        records: One for each parameter of the student.
+        records: One for each parameter of the student; sources in blocks of the stacks in `measured` have "*" as their number.
         estimate: Memory and time.
+        measured: By stack whose blocks the data decide, the teacher's number of blocks and the student's.
+        layer_selection: The rule by which the data decide them; empty where `measured` is.
     """
 
     student: PreTrainedModel
@@ -161,6 +167,8 @@ class StudentPlan:
     sizes: dict[str, tuple[int, int]]
     records: list[ParameterRecord]
     estimate: CostEstimate
+    measured: dict[str, tuple[int, int]] = field(default_factory=dict)
+    layer_selection: str = ""
 
     @classmethod
     def of(cls, initializer: "InitializationMethod", setup: StudentSetup) -> "StudentPlan":
@@ -178,7 +186,25 @@ class StudentPlan:
         plan = setup.plan(student)
         transfer = Transfer(plan, {}, {}, torch.promote_types(setup.teacher.dtype, torch.float32))
         sizes = {axis: sizes for axis, sizes in plan.widths.items()}
-        return cls(student, method, teacher, plan.report_blocks(), sizes, transfer.records(student), estimate)
+        blocks, records = plan.report_blocks(), transfer.records(student)
+        selection = initializer.plan_options().layer_selection
+        if selection not in MEASURED_SELECTIONS:
+            return cls(student, method, teacher, blocks, sizes, records, estimate)
+        chosen = {stack for stack, kept in plan.block_mapping.items() if len(kept) < plan.depths[stack]}
+        measured = {
+            stack.rpartition(".")[0]: (plan.depths[stack], len(plan.block_mapping[stack])) for stack in sorted(chosen)
+        }
+        blocks = {stack: kept for stack, kept in blocks.items() if stack not in measured}
+        within = {
+            parameter.name
+            for parameter in plan.parameters.values()
+            if chosen & {stack_pattern(parameter.match, placeholder) for placeholder in parameter.match.numbers}
+        }
+        for record in records:
+            if record.source is not None and record.name in within:
+                record.source = without_numbers(record.source)
+        rule = str(selection) if measured else ""
+        return cls(student, method, teacher, blocks, sizes, records, estimate, measured, rule)
 
     @property
     def student_bytes(self) -> int:
@@ -190,6 +216,10 @@ class StudentPlan:
         name, parameters = self.teacher
         sizes = [f"{axis} {old} -> {new}" for axis, (old, new) in self.sizes.items()]
         blocks = [f"{stack} from the teacher's {format_ranges(numbers)}" for stack, numbers in self.blocks.items()]
+        blocks += [
+            f"{kept} of the teacher's {depth} {stack}, which the data decide (layer_selection={self.layer_selection!r})"
+            for stack, (depth, kept) in self.measured.items()
+        ]
         lines = [
             f"{type(self.student).__name__} with {count} parameters, of {to_single_line(public_name(name))} "
             f"({format_count(parameters)}), by {self.method}",

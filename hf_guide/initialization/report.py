@@ -409,7 +409,7 @@ def parameter_table(records: list[ParameterRecord]) -> list[str]:
             f"{record.source} {_shape(record.source_shape)}" if record.source else "none" if record.steps else "random"
         )
         how = "; ".join([*record.maps, *record.steps])
-        row = tuple(_without_numbers(text) for text in (f"{record.name} {_shape(record.shape)}", source, how))
+        row = tuple(without_numbers(text) for text in (f"{record.name} {_shape(record.shape)}", source, how))
         folded[row] = folded.get(row, 0) + 1
     rows = [("parameter", "times", "from", "how")]
     rows += [(name, str(times), source, how) for (name, source, how), times in folded.items()]
@@ -421,10 +421,16 @@ def parameter_table(records: list[ParameterRecord]) -> list[str]:
 
 
 def _merge_block_numbers(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(_without_numbers(name) for name in names))
+    return list(dict.fromkeys(without_numbers(name) for name in names))
 
 
-def _without_numbers(text: str) -> str:
+def without_numbers(text: str) -> str:
+    """Return the name of a parameter with "*" for each number in it.
+
+    Example:
+        >>> without_numbers("model.layers.12.mlp.experts.3.weight")
+        'model.layers.*.mlp.experts.*.weight'
+    """
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
 
 

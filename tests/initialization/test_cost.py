@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from hf_guide.initialization.cost import CostEstimate, CostPart
 from hf_guide.modeling import from_teacher, plan_student
 from hf_guide.utils.memory import _group_limits
 from tests.small_speech import sound_classifier
+from tests.tiny import KINDS
 
 MEASURE = """
 import gc, json, sys
@@ -154,6 +156,30 @@ def test_a_plan_is_that_of_the_student_made(family: str, method: str, tmp_path: 
         (each.name, each.shape, each.source) for each in report.parameters
     ]
     assert f"by {method}" in str(plan) and "Estimated: about" in str(plan)
+
+
+@pytest.mark.parametrize(
+    "selection", ["local_search", "block_influence", "greedy", "uniform", "first_last", [0, 3], None]
+)
+def test_a_plan_states_the_blocks_only_where_no_data_decide_them(selection: Any) -> None:
+    """None is a student of all blocks."""
+    rule = {} if selection is None else {"layer_selection": selection}
+    depth = 4 if selection is None else 2
+    plan = plan_student(small(), method={"method": "calibrated", **rule}, num_hidden_layers=depth)
+    sources = {record.source for record in plan.records if ".layers." in record.name}
+    if selection in ("local_search", "block_influence", "greedy"):
+        assert plan.blocks == {} and plan.measured == {"layers": (4, 2)} and plan.layer_selection == selection
+        assert f"2 of the teacher's 4 layers, which the data decide (layer_selection={selection!r})" in str(plan)
+        assert sources and all(source and source.startswith("model.layers.*.") for source in sources)
+    else:
+        assert plan.measured == {} and plan.layer_selection == "" and len(plan.blocks["layers"]) == depth
+        assert "Blocks: layers from the teacher's 0" in str(plan) and "decide" not in str(plan)
+        assert sources and not any("*" in str(source) for source in sources)
+
+
+def test_a_plan_states_the_blocks_of_the_stack_that_keeps_all() -> None:
+    plan = plan_student(KINDS["t5"].teacher(), method="calibrated", num_decoder_layers=1)
+    assert plan.blocks == {"encoder.block": [0, 1, 2, 3]} and plan.measured == {"decoder.block": (4, 1)}
 
 
 def test_the_smallest_limit_of_a_control_group_counts(tmp_path: Path) -> None:
