@@ -33,9 +33,6 @@ TEACHER_PASSES, STUDENT_PASSES = 2, 4
 SEARCH_PASSES, SEARCHED_SETS = 11, 21
 """Of a local search over its own sample, where a single stack is searched; and how often another stack runs for each."""
 
-OVERHEAD_BYTES = 200_000_000
-"""What the process takes besides: modules that are imported when they are used, and freed memory that is not given back."""
-
 
 @dataclass
 class TeacherSize:
@@ -111,7 +108,6 @@ def calibration_parts(setup: StudentSetup, config: CalibratedConfig) -> Iterator
         products={torch.float32: float(tokens) * passes + searched},
         advice="fewer calibration_tokens, a lower activation_memory",
     )
-    yield CostPart("the libraries", OVERHEAD_BYTES, is_kept=True)
     squares = sum(old**2 for old, _ in plan.widths.values())
     yield CostPart("the statistics", 8 * squares + 4 * width**2, is_kept=True)
     batch = min(tokens, config.calibration_batch_size * config.calibration_seq_length)
