@@ -22,6 +22,7 @@ from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.errors import ShapeError
 from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
+from hf_guide.utils.finite import overflow_advice
 from hf_guide.utils.memory import return_freed_memory
 
 LOGIT_SCALE_TOKENS = 1024
@@ -251,10 +252,15 @@ class HeadFitter:
         sums = torch.tensor([slope, variance], dtype=torch.float64)
         all_reduce_sum_([sums])
         if not sums.isfinite().all():
+            student, teacher = self.state.student.dtype, self.state.teacher.dtype
+            advice = overflow_advice(
+                min(student, teacher, key=lambda dtype: torch.finfo(dtype).max),
+                "Check the teacher's weights and the calibration dataset for extreme values, or pass fit_logit_scale=False",
+                "Make the student" if teacher != torch.float16 else "Load the teacher and make the student",
+            )
             raise ShapeError(
-                f"The logit scale cannot be fitted: the student's logits in {self.state.student.dtype} or the teacher's in "
-                f"{self.state.teacher.dtype} are not finite on the calibration dataset. Make the student with "
-                "dtype='bfloat16' or 'float32', or load the teacher in it."
+                f"The logit scale cannot be fitted: the student's logits in {student} or the teacher's in {teacher} are not "
+                f"finite on the calibration dataset. {advice}"
             )
         return sums[0].item(), sums[1].item()
 

@@ -15,7 +15,7 @@ from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.errors import ShapeError
 from hf_guide.initialization.plan import ParameterPlan
 from hf_guide.initialization.transfer import Transfer, check_no_overflow
-from hf_guide.utils.finite import is_finite
+from hf_guide.utils.finite import is_finite, overflow_advice
 
 
 @dataclass
@@ -154,8 +154,11 @@ def assign_checked(parameter: Tensor, value: Tensor, name: str) -> None:
     """
     if not is_finite(value):
         raise ShapeError(
-            f"The value fitted for {name} is not finite, and must be: activations overflow in {parameter.dtype}. Make the "
-            "student with dtype='bfloat16' or 'float32'."
+            f"The value fitted for {name} is not finite, and must be: activations overflow in {parameter.dtype}. "
+            + overflow_advice(
+                parameter.dtype,
+                "Check the teacher's weights and the calibration dataset for extreme values, or pass refit='none'",
+            )
         )
     parameter.data.copy_(value)
     check_no_overflow(parameter, value, name)

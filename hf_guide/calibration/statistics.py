@@ -20,7 +20,7 @@ from hf_guide.layouts.grammar import AxisName, AxisProduct, axis_names, axis_siz
 from hf_guide.layouts.registry import Layout, config_sizes, rotary_size
 from hf_guide.models.hooks import StopForward, first_output, hidden_states_arg, register_input_hook
 from hf_guide.utils.distributed import all_reduce_scalar, all_reduce_sum_, local_shard
-from hf_guide.utils.finite import is_finite
+from hf_guide.utils.finite import is_finite, overflow_advice
 
 MAX_INFLUENCE = 2.0
 """Of a block whose output has the opposite direction of its input."""
@@ -413,7 +413,10 @@ def _check_statistics_finite(statistics: ActivationStatistics, sequential: Seque
 def _non_finite_error(sequential: SequentialModel, where: str) -> TeacherError:
     weights = [name for name, weight in sequential.named_weights() if not is_finite(weight)]
     if weights:
-        advice = f"{len(weights)} of its weights are not either, such as {weights[0]}: download the checkpoint again"
+        advice = f"{len(weights)} of its weights are not either, such as {weights[0]}: download the checkpoint again."
     else:
-        advice = "Its weights are: load it in a wider dtype, or check the data"
-    return TeacherError(f"The teacher's activations are not finite on the calibration dataset, {where}. {advice}.")
+        dtype = sequential.model.dtype
+        advice = f"Its weights are, in {dtype}. " + overflow_advice(
+            dtype, "Check them and the calibration dataset for extreme values", "Load the teacher"
+        )
+    return TeacherError(f"The teacher's activations are not finite on the calibration dataset, {where}. {advice}")

@@ -51,7 +51,7 @@ from hf_guide.layouts.grammar import (
 )
 from hf_guide.layouts.registry import PREFIX_AXES, BlockTransfer, Layout, config_sizes
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
-from hf_guide.utils.finite import is_finite
+from hf_guide.utils.finite import is_finite, overflow_advice
 from hf_guide.utils.half_precision import multiplies_in
 
 MIN_BFLOAT16_PRODUCTS = 1e9
@@ -737,5 +737,6 @@ def check_no_overflow(stored: Tensor, value: Tensor, name: str) -> None:
     if not is_finite(stored):
         raise ShapeError(
             f"{name} has values up to {value.abs().max().item():.3g}, more than {stored.dtype} holds "
-            f"({torch.finfo(stored.dtype).max:.3g}). Make the student with dtype='bfloat16' or 'float32'."
+            f"({torch.finfo(stored.dtype).max:.3g}). "
+            + overflow_advice(stored.dtype, "Check the teacher's weights for extreme values")
         )

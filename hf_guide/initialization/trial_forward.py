@@ -23,6 +23,7 @@ from hf_guide.errors import ShapeError
 from hf_guide.models.modes import preserved_random_state, without_initialization
 from hf_guide.models.tiny_inputs import count_positions, tiny_inputs
 from hf_guide.models.tiny_models import MODEL_ERRORS
+from hf_guide.utils.finite import overflow_advice
 
 MAX_TRIAL_OPERATIONS = 1e12
 """Operations up to which a student is tried, 2 for each parameter and position: seconds on a CPU."""
@@ -133,7 +134,7 @@ def _check_finite(outputs: Any, student: PreTrainedModel) -> None:
         if tensor.is_floating_point() and bool(torch.isnan(tensor).any() | torch.isposinf(tensor).any()):
             raise ShapeError(
                 f"The student's {name} are not finite on {type(student).__name__}'s smallest input, in {student.dtype}. "
-                "Make it with dtype='bfloat16' or 'float32'; if it is so in float32, check that the teacher's are finite."
+                + overflow_advice(student.dtype, "Check that the teacher's are, and its weights for extreme values")
             )
 
 

@@ -1,7 +1,7 @@
 """NaN and infinity in weights, gradients and activations: found in one pass over them.
 
-Does: detect them, and name the tensors or rows that have them. Does not: advise, except for weights that are to be saved; a
-caller knows what they are and what to do.
+Does: detect them, name the tensors or rows that have them, and advise where another dtype helps, or for weights that are to be
+saved. Does not: advise otherwise; a caller knows what they are and what to do.
 """
 
 import math
@@ -40,6 +40,25 @@ def is_finite(tensor: Tensor) -> bool:
         return True
     # In the tensor's own dtype: a CPU sums half precision in float32 by itself, and 30 times as fast as with dtype=float32.
     return bool(tensor.sum().isfinite()) or bool(tensor.isfinite().all())  # a sum of finite values may overflow
+
+
+def overflow_advice(dtype: torch.dtype, otherwise: str, action: str = "Make the student") -> str:
+    """Return a sentence on what helps against values that overflow in a model's dtype.
+
+    Args:
+        dtype: The model's.
+        otherwise: The sentence for a dtype that has float32's range already, without its full stop.
+        action: What to do with the model.
+
+    Example:
+        >>> overflow_advice(torch.float16, "Check the data")
+        "Make the student with dtype='bfloat16' or 'float32'."
+        >>> overflow_advice(torch.bfloat16, "Check the data")
+        'Check the data.'
+    """
+    if torch.finfo(dtype).max < torch.finfo(torch.bfloat16).max:
+        return f"{action} with dtype='bfloat16' or 'float32'."
+    return f"{otherwise}."
 
 
 def non_finite_rows(values: Tensor) -> Tensor:

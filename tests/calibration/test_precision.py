@@ -99,14 +99,29 @@ def test_a_fitted_value_that_cannot_be_stored_is_an_error() -> None:
         assign_checked(parameter, torch.tensor([0.0, 1e5, 1.0]), "norm.weight")
     with pytest.raises(ShapeError, match=r"fitted for norm\.weight is not finite.*dtype='bfloat16'"):
         assign_checked(parameter, torch.tensor([0.0, torch.nan, 1.0]), "norm.weight")
+    for dtype in (torch.bfloat16, torch.float32):
+        with pytest.raises(ShapeError, match=r"overflow in torch.*extreme values, or pass refit='none'\.$"):
+            assign_checked(parameter.to(dtype), torch.tensor([0.0, torch.nan, 1.0]), "norm.weight")
+    with pytest.raises(
+        ShapeError, match=r"than torch\.bfloat16 holds .*Check the teacher's weights for extreme values\.$"
+    ):
+        assign_checked(parameter.bfloat16(), torch.tensor([0.0, 3.4e38, 1.0]), "norm.weight")
 
 
-def test_a_scale_of_logits_that_are_not_finite_is_an_error() -> None:
+@pytest.mark.parametrize(
+    ("dtype", "factor", "advice"),
+    [
+        (torch.float16, 2e4, r"Load the teacher and make the student with dtype='bfloat16' or 'float32'\.$"),
+        (torch.float32, 1e38, r"extreme values, or pass fit_logit_scale=False\.$"),
+    ],
+)
+def test_a_scale_of_logits_that_are_not_finite_is_an_error(dtype: torch.dtype, factor: float, advice: str) -> None:
     teacher = KINDS["llama"].teacher()
     with torch.no_grad():
-        teacher.lm_head.weight.mul_(2e4)  # float16 holds it, and not what it makes
-    with pytest.raises(ShapeError, match=r"logits in torch\.float16.*not finite.*dtype='bfloat16'"):
-        make_student(teacher.half())
+        teacher.lm_head.weight.mul_(factor)  # the dtype holds it, and not what it makes
+        teacher.model.norm.weight.mul_(1 if dtype == torch.float16 else 1e3)
+    with pytest.raises(ShapeError, match=rf"logits in {dtype}.*not finite.*{advice}"):
+        make_student(teacher.to(dtype))
 
 
 def test_padding_is_not_counted() -> None:

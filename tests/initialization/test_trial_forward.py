@@ -140,6 +140,13 @@ def test_outputs_that_are_not_finite_are_an_error() -> None:
     with pytest.raises(ShapeError, match=r"logits are not finite.*torch.float16.*dtype='bfloat16'"):
         from_teacher(teacher, dtype="float16", show_progress=False)
     assert from_teacher(teacher, dtype="bfloat16", show_progress=False).dtype == torch.bfloat16
+    with torch.no_grad():
+        teacher.model.layers[0].mlp.down_proj.weight.mul_(1e32)
+        teacher.model.layers[0].mlp.up_proj.weight.mul_(1e32)
+    with pytest.raises(
+        ShapeError, match=r"not finite.*torch.float32. Check that the teacher's are.*extreme values\.$"
+    ):
+        from_teacher(teacher, show_progress=False)
 
 
 def test_what_could_not_be_tried_is_in_the_report() -> None:

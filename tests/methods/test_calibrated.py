@@ -258,7 +258,7 @@ def test_infinite_activations_are_named() -> None:
     with pytest.raises(
         HfGuideError,
         match=r"not finite on the calibration dataset, first in the output of layers.2, for \d+ of the 36 tokens "
-        r"of batch 0, the first in row 0 at position \d. Its weights are",
+        r"of batch 0, the first in row 0 at position \d. Its weights are, in torch.float32. Check them",
     ):
         make_student(teacher)
 
