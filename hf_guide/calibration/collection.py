@@ -39,7 +39,7 @@ from hf_guide.utils.distributed import (
     raise_on_all_ranks,
     rank_and_world_size,
 )
-from hf_guide.utils.resumable import differences
+from hf_guide.utils.resumable import differences, list_differences
 
 
 @dataclass
@@ -227,8 +227,9 @@ def check_same_call(dataset: Any, calibration_cache_dir: Path | None, call: Mapp
         differing = differences(everyone[0], other, "in rank 0", f"in rank {rank}")
         if differing:
             raise OptionError(
-                f"The processes do not make the same call: {'; '.join(differing)}. Pass the same teacher, config and options "
-                "in all of them; each processes its own share of the calibration dataset, and all get the same student."
+                f"The processes do not make the same call: {list_differences(differing)}. Pass the same teacher, config and "
+                "options in all of them; each processes its own share of the calibration dataset, and all get the same "
+                "student."
             )
 
 

@@ -4,6 +4,7 @@ The file has no name, so that the system removes it however the process ends. It
 because mapped pages count as the process's memory.
 """
 
+import errno
 import io
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_guide.errors import OptionError
+from hf_guide.utils.files import write_limit_advice
 
 GIGABYTE = 10**9
 OPTION = "activation_memory"
@@ -54,30 +56,42 @@ class StreamStore:
         """
         self.expected_bytes = max(0, size - self.budget)
         if self.expected_bytes > self.free_bytes():
-            raise self.no_space("", 0)
+            raise self.write_error()
 
     def free_bytes(self) -> int:
         """Return how many bytes are free where the files are."""
         return shutil.disk_usage(self.folder or tempfile.gettempdir()).free
 
-    def no_space(self, reason: str, written: int) -> OptionError:
-        """Return the error for files that do not fit on their disk.
+    def write_error(self, error: OSError | None = None, written: int = 0) -> OptionError:
+        """Return the error for files that do not fit on their disk, or that cannot be written for another reason.
 
         Args:
-            reason: What the system stated, if a write failed.
+            error: What the system raised, if a write failed.
             written: How many bytes the file has that could not be written to.
         """
         needed, free = max(self.expected_bytes, written) / GIGABYTE, self.free_bytes() / GIGABYTE
+        folder = self.folder or tempfile.gettempdir()
+        found, advice = "do not fit into", "Set TMPDIR to a folder with more space"
+        if error is not None and error.errno != errno.ENOSPC:
+            found, advice = "cannot be written to", write_limit_advice(error) or "Set TMPDIR to another folder"
+        reason = os.strerror(error.errno or 0) if error is not None else ""
         cause = f" ({reason} after {written / GIGABYTE:.3g} GB of one file)" if reason else ""
         return OptionError(
-            f"{needed:.3g} GB of activations do not fit into temporary files in {self.folder or tempfile.gettempdir()}, where "
-            f"{free:.3g} GB are free{cause}. Set TMPDIR to a folder with more space, raise {OPTION}, or pass fewer "
-            "calibration_tokens; with a calibration_cache_dir the call continues from the last block that was finished."
+            f"{needed:.3g} GB of activations {found} temporary files in {folder}, where {free:.3g} GB are free{cause}. "
+            f"{advice}, raise {OPTION}, or pass fewer calibration_tokens; with a calibration_cache_dir the call continues "
+            "from the last block that was finished."
         )
 
     def open_file(self) -> io.FileIO:
-        """Return a new temporary file."""
-        return tempfile.TemporaryFile(dir=self.folder, prefix="hf-guide-activations-", buffering=0)  # noqa: SIM115
+        """Return a new temporary file.
+
+        Raises:
+            OptionError: It cannot be created, as where a quota is used up.
+        """
+        try:
+            return tempfile.TemporaryFile(dir=self.folder, prefix="hf-guide-activations-", buffering=0)  # noqa: SIM115
+        except OSError as error:
+            raise self.write_error(error) from error
 
 
 class Streams:
@@ -148,7 +162,7 @@ class Streams:
             while position < len(raw):
                 position += self._file.write(raw[position:])
         except OSError as error:
-            raise self._store.no_space(os.strerror(error.errno or 0), offset) from error
+            raise self._store.write_error(error, offset) from error
         return _Stored(offset, value.nbytes, value.shape, value.dtype, value.device)
 
 

@@ -33,7 +33,7 @@ from hf_guide.errors import TeacherError
 from hf_guide.models.model_files import read_shard_index
 from hf_guide.models.pretrained import unreadable_as
 from hf_guide.teachers.quantized import Quantization, dequantized
-from hf_guide.teachers.tensor_source import FileState, LocatedTensor, StoredTensor, corrupted_file_error
+from hf_guide.teachers.tensor_source import FileState, LocatedTensor, StoredTensor, unreadable_file_error
 
 _DTYPES = {
     "F64": torch.float64,
@@ -98,7 +98,7 @@ def read_headers(files: Iterable[str]) -> list[StoredTensor]:
                     dtype, shape = _DTYPES.get(entry["dtype"]), torch.Size(entry["shape"])
                     tensors.append(StoredTensor(state, key, shape, dtype, start, stop))
         except (SafetensorError, OSError) as error:
-            raise corrupted_file_error(file, error) from error
+            raise unreadable_file_error(file, error) from error
     return tensors
 
 

@@ -201,7 +201,7 @@ class FileState:
         try:
             now = FileState.of(self.file)
         except OSError as error:
-            raise TeacherError(f"{self.file} was removed while it was read ({error}). Fetch it again.") from error
+            raise unreadable_file_error(self.file, error) from error
         if now != self:
             what = (
                 f"from {self.size} to {now.size} bytes" if now.size != self.size else f"though it has {now.size} bytes"
@@ -328,7 +328,7 @@ class SafetensorsTensors(TensorSource):
                 finally:
                     os.close(descriptor)
             except OSError as error:
-                raise corrupted_file_error(stored.file, error) from error
+                raise unreadable_file_error(stored.file, error) from error
 
     def check_unchanged(self) -> None:
         """Check that every file has the size, the time and the inode with which it was opened."""
@@ -353,7 +353,7 @@ class SafetensorsTensors(TensorSource):
                             file.get_tensor(stored.key) if some is None else file.get_slice(stored.key)[some]
                         )
             except (SafetensorError, OSError) as error:
-                raise corrupted_file_error(path, error) from error
+                raise unreadable_file_error(path, error) from error
             stored.state.check_unchanged()
         return located.assemble([tensors[index] for index in range(len(parts))], rows)
 
@@ -362,6 +362,7 @@ def _position(stored: StoredTensor) -> tuple[str, int]:
     return stored.file, stored.start
 
 
-def corrupted_file_error(file: str, error: Exception) -> TeacherError:
-    """Return the error for a file that cannot be read."""
-    return TeacherError(f"{file} is truncated or corrupted ({error}). Fetch it again.")
+def unreadable_file_error(file: str, error: Exception) -> TeacherError:
+    """Return the error for a file that cannot be read: removed since its teacher was opened, or damaged."""
+    found = "was removed while it was read" if isinstance(error, FileNotFoundError) else "is truncated or corrupted"
+    return TeacherError(f"{file} {found} ({error}). Fetch it again.")

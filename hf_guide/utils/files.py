@@ -21,6 +21,8 @@ except ImportError:  # Windows has no such locks
 
 _PARTIAL = re.compile(r"^[._].+\.(?P<host>[0-9a-f]{8})-(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}\.partial$")
 
+_OS_ERROR = re.compile(r"os error (\d+)")
+
 _CONFIGS = ("config.json", "adapter_config.json")
 _WEIGHTS = re.compile(
     r"^(model|pytorch_model|adapter_model)(?:\.(?P<variant>[\w.-]+?))?(?:-\d{5}-of-\d{5})?\.(?:safetensors|bin)$"
@@ -101,6 +103,21 @@ def is_write_error(error: BaseException) -> bool:
     if isinstance(error, SafetensorError) or type(error) is Exception:
         return "I/O error" in message or "os error" in message.lower()
     return any(words in message for words in ("PytorchStreamWriter", "inline_container", "file write failed"))
+
+
+def write_limit_advice(error: BaseException) -> str | None:
+    """Return which limit to raise where a write failed by one that more free space does not lift; None for other errors.
+
+    Example:
+        >>> write_limit_advice(OSError(errno.EFBIG, "File too large"))
+        "Raise the process's limit on the size of a file (`ulimit -f`)"
+        >>> write_limit_advice(Exception("No space left on device (os error 28)"))
+    """
+    stated = _OS_ERROR.search(str(error))  # safetensors and tokenizers raise no OSError
+    number = error.errno if isinstance(error, OSError) else int(stated[1]) if stated else None
+    if number == errno.EFBIG:
+        return "Raise the process's limit on the size of a file (`ulimit -f`)"
+    return "Raise the disk quota, or remove files that count toward it" if number == errno.EDQUOT else None
 
 
 def is_partial(path: Path) -> bool:

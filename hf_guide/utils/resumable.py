@@ -6,7 +6,7 @@ The calibration cache and the signal cache are such folders.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from safetensors import SafetensorError
 
 from hf_guide.errors import HfGuideError
 from hf_guide.utils.distributed import barrier, rank_and_world_size
-from hf_guide.utils.files import check_can_create, is_partial, remove_stale_partials
+from hf_guide.utils.files import check_can_create, is_partial, remove_stale_partials, write_limit_advice
 
 MAX_LISTED = 5
 MAX_REPR = 60
+TEACHER_ENTRIES = ("teacher_class", "teacher_config", "teacher_weights")
+"""Entries of manifests that are of the teacher itself; if they differ, so do others that depend on it."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +83,16 @@ class ResumableFolder:
         """Raise if the folder was begun by a call that differs, naming each entry.
 
         Raises:
-            HfGuideError: (as `error`) Entries differ.
+            HfGuideError: (as `error`) Entries differ; names the first of them, those of the teacher before others.
         """
         differing = differences(recorded, requested)
         if differing:
+            is_other = any(
+                name in TEACHER_ENTRIES and recorded.get(name) != value for name, value in requested.items()
+            )
             raise self.error(
-                f"{self.label} {self.path} was begun with other settings: {'; '.join(differing)}. Repeat the call with those, "
-                "or name a new folder."
+                f"{self.label} {self.path} was begun with {'another teacher' if is_other else 'other settings'}: "
+                f"{list_differences(differing)}. Repeat the call with {'that' if is_other else 'those'}, or name a new folder."
             )
 
 
@@ -97,8 +102,9 @@ def resumable_write(path: Path, error: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as cause:
+        advice = write_limit_advice(cause) or "Free some space"
         raise error(
-            f"{path} could not be written: {cause}. Free some space; the same call then continues from here."
+            f"{path} could not be written: {cause}. {advice}; the same call then continues from here."
         ) from cause
 
 
@@ -125,6 +131,18 @@ def differences(
         elif first != second:
             clauses.append(f"{name} is {_short_repr(first)} {there} and {_short_repr(second)} {here}")
     return clauses
+
+
+def list_differences(clauses: Sequence[str]) -> str:
+    """Return the clauses of `differences` in one line: the first `MAX_LISTED`, those of the teacher before others.
+
+    Example:
+        >>> list_differences([f"ridge_{index} is 0 there and 1 here" for index in range(7)]).rpartition("; ")[2]
+        'and 2 more'
+    """
+    first = sorted(clauses, key=lambda clause: not clause.startswith(TEACHER_ENTRIES))
+    more = len(clauses) - MAX_LISTED
+    return "; ".join([*first[:MAX_LISTED], *([f"and {more} more"] if more > 0 else [])])
 
 
 def _short_repr(value: Any) -> str:

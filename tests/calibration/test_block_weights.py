@@ -1,5 +1,6 @@
 """A teacher of a folder runs block by block, and gives the same student as one in memory."""
 
+import errno
 import io
 import itertools
 import json
@@ -287,6 +288,30 @@ def test_a_disk_that_fills_up_is_an_error_that_states_what_helps_and_the_call_co
     assert same_bits(make_student(teacher, folder=tmp_path / "cache", activation_memory=0), expected)
 
 
+@pytest.mark.parametrize(
+    ("number", "found"),
+    [
+        (errno.EFBIG, r"File too large.*`ulimit -f`"),
+        (errno.EDQUOT, "exceeded.*Raise the disk quota"),
+        (errno.EIO, "another"),
+    ],
+)
+@pytest.mark.parametrize("fails", ["open", "write"])
+def test_activations_that_cannot_be_written_are_no_lack_of_space(
+    number: int, found: str, fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(io.RawIOBase):
+        def seek(self, offset: int, whence: int = 0) -> int:
+            raise OSError(number, os.strerror(number))
+
+    def open_file(**options: Any) -> Any:
+        return Failing() if fails == "write" else Failing().seek(0)
+
+    monkeypatch.setattr(streams.tempfile, "TemporaryFile", open_file)
+    with pytest.raises(OptionError, match=rf"activations cannot be written to.*{found}.*raise activation_memory"):
+        Streams(StreamStore(gigabytes=0, folder=tmp_path)).append(torch.ones(3))
+
+
 @pytest.mark.parametrize("change", ["rewritten", "replaced", "removed"])
 def test_a_checkpoint_that_changes_between_two_blocks_is_an_error(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -308,7 +333,8 @@ def test_a_checkpoint_that_changes_between_two_blocks_is_an_error(
         register(self, handles, stack, index)
 
     monkeypatch.setattr(collection.collect_statistics.__globals__["_StatisticsCollector"], "register_hooks", rewriting)
-    with pytest.raises(TeacherError, match=rf"{shard}.*(has changed since it was opened|No such file)"):
+    found = "was removed while it was read" if change == "removed" else "has changed since it was opened"
+    with pytest.raises(TeacherError, match=f"{shard} {found}"):
         make_student(tmp_path)
 
 

@@ -1,11 +1,13 @@
 """A folder continues the call that began it, and no other."""
 
+import errno
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from hf_guide.errors import OptionError
-from hf_guide.utils.resumable import ResumableFolder, differences, resumable_write
+from hf_guide.utils.resumable import MAX_LISTED, ResumableFolder, differences, resumable_write
 
 
 def folder(path: Path) -> ResumableFolder:
@@ -49,6 +51,37 @@ def test_each_entry_that_differs_is_named() -> None:
         OptionError, match="cache_dir cache was begun with other settings: top_k is 8 there and 9 here"
     ):
         folder(Path("cache")).check_same_call(recorded, recorded | {"top_k": 9})
+
+
+def test_of_many_differences_some_are_named_the_teacher_s_first() -> None:
+    recorded = {"options": {f"option_{index}": 0 for index in range(9)}, "teacher_config": {"hidden_size": 4}}
+    requested = {"options": {f"option_{index}": 1 for index in range(9)}, "teacher_config": {"hidden_size": 6}}
+    with pytest.raises(OptionError) as found:
+        folder(Path("cache")).check_same_call(recorded, requested)
+    message = str(found.value)
+    assert (
+        "was begun with another teacher: teacher_config.hidden_size is 4 there and 6 here; options.option_0" in message
+    )
+    assert message.count(" there and ") == MAX_LISTED and f"; and {10 - MAX_LISTED} more. Repeat" in message
+
+
+@pytest.mark.parametrize(
+    ("cause", "advice"),
+    [
+        (OSError(errno.ENOSPC, "no space"), "Free some space"),
+        (OSError(errno.EFBIG, "too large"), r"Raise the process's limit .*`ulimit -f`\)"),
+        (
+            SafetensorError(f"I/O error: too large (os error {errno.EFBIG})"),
+            r"Raise the process's limit .*`ulimit -f`\)",
+        ),
+        (OSError(errno.EDQUOT, "quota"), "Raise the disk quota, or remove files"),
+    ],
+    ids=str,
+)
+def test_an_error_of_a_write_names_the_limit_that_was_reached(cause: Exception, advice: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=f"{advice}.*; the same call then continues"):  # noqa: SIM117
+        with resumable_write(tmp_path / "file", OptionError):
+            raise cause
 
 
 def test_an_error_of_the_disk_states_that_the_call_continues(tmp_path: Path) -> None:
