@@ -298,7 +298,6 @@ def test_classes_that_are_not_the_students(teacher: PreTrainedModel) -> None:
             ["fit_logit_scale must be True or False", "'no'"],
         ),
         ({"method": {"layer_selection": "block_influence"}}, ["needs activations", "method='calibrated'"]),
-        ({"method": {"layer_selection": "greedy"}}, ["needs activations", "method='calibrated'"]),
         ({"calibration_dataset": [1]}, ["calibration_dataset", "method='guide' uses no data", "leave it out"]),
     ],
     ids=str,

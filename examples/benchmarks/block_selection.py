@@ -1,4 +1,4 @@
-"""Which blocks to keep: those of greatest influence, or a set chosen by a local search from these, or by greedy removal?
+"""Which blocks to keep: those of greatest influence, or a set chosen by a local search from these?
 
 Students of SmolLM2-135M at its full width and a third, half or two thirds of its depth, made by `calibrated`. Each seed draws
 its own calibration text, training text and held-out text. The perplexity is of held-out text, untrained and, with --steps,
@@ -33,7 +33,7 @@ from examples.common.teachers import default_language_model
 from hf_guide import from_teacher
 
 LENGTH = 256
-ARMS = ("block_influence", "local_search", "greedy")
+ARMS = ("block_influence", "local_search")
 
 
 def run_arm(
@@ -58,7 +58,6 @@ def run_arm(
     report = student.initialization_report
     row = {"seed": args.seed, "depth": depth, "arm": arm, "calibration_tokens": args.calibration_tokens}
     row |= {"blocks": report.blocks["layers"], "untrained": perplexity(student), "cpu_seconds": round(seconds)}
-    row["removed"] = report.calibration.get("removed_blocks", {}).get("layers")
     if args.steps:
         recipe = TrainingRecipe(args.steps, args.batch_size, args.kd_weight, args.seed)
         blocks = train_blocks[: args.steps * args.batch_size]

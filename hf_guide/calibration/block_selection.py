@@ -1,4 +1,4 @@
-"""Choose the blocks that a student keeps as a set: by a local search around those of most influence, or by greedy removal.
+"""Choose the blocks that a student keeps as a set: by a local search around those of most influence.
 
 The influence of a single block is measured with all others in place, and does not show which blocks can be missed together:
 of blocks with nearly the same influence the wrong one costs SmolLM2-135M a tenfold perplexity at 20 of 30 blocks.
@@ -11,21 +11,14 @@ start of a few texts, if that is nearer by a tenth and the student's config can 
 encoder-decoder, each is searched with the others whole. The sets are compared at the teacher's width: narrower students lose
 more by their width than by their blocks, and were up to 12 % worse after training with what a search found for them.
 
-In a greedy removal every block is evaluated in the model without the blocks that were removed before it (SLEB, arXiv
-2402.09025), by the loss that shapes are scored by. Removals that looked worse before are evaluated again only where they
-might be the best by now (lazy greedy, Minoux 1978), and each runs only the blocks after it: the hidden states before each
-block are kept.
-
-Cost, in forward passes of the teacher over the sample: of a local search at half of 30 blocks 7, at two thirds 11, because
-sets share the blocks before the first in which they differ; all blocks are read once. Of a greedy removal of two thirds of 30
-blocks 80, and a teacher of files is read about as often, one block at a time.
+Cost, in forward passes of the teacher over the sample: at half of 30 blocks 7, at two thirds 11, because sets share the blocks
+before the first in which they differ; all blocks are read once.
 """
 
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +36,7 @@ from hf_guide.calibration.batches import (
 )
 from hf_guide.calibration.collection import CalibrationResult
 from hf_guide.calibration.forward import calibration_mode
-from hf_guide.calibration.importance import BlockSelection, top_influence_blocks
+from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.output_comparison import IncomparableOutputs, OutputComparison
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.sequential import (
@@ -58,11 +51,11 @@ from hf_guide.tasks import Task
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
 from hf_guide.utils.memory import return_freed_memory
 
-SEARCH_TOKENS, GREEDY_TOKENS = 256, 512
-"""Tokens of a sample of whole rows, of all processes together, of a local search and of a greedy removal."""
+SEARCH_TOKENS = 256
+"""Tokens of a sample of whole rows, of all processes together."""
 
 SHORT_ROWS, SHORT_ROW_TOKENS = 4, 32
-"""Of a local search for a model with outputs of each token: the rows of the sample and the tokens that each is cut to.
+"""For a model with outputs of each token: the rows of the sample and the tokens that each is cut to.
 
 Sets differ more by texts than by tokens. Of SmolLM2-135M at 15 and 20 of 30 blocks, four seeds, the sets chosen on four such
 rows are within 1.6 % of the divergence of the best set on other text in the mean, on one row of 256 tokens within 3.0 %.
@@ -72,17 +65,17 @@ SAMPLE_EXAMPLES = 16
 """Examples of the sample at least, in each process, where a model has few outputs for each."""
 
 MARGINAL_BLOCKS = 3
-"""Of a local search: so many kept blocks, and as many dropped ones, may change places."""
+"""So many kept blocks, and as many dropped ones, may change places."""
 
 MIN_GAIN = 0.1
-"""Of a local search: the share by which another set has to lower the divergence.
+"""The share by which another set has to lower the divergence.
 
 Far from the teacher, as at a third of SmolLM2-135M's depth, sets differ by less, and smaller gains do not hold once the
 weights are refitted.
 """
 
-STEP, SEARCH_STEP = "removed_blocks", "searched_blocks"
-"""Of a resumable calibration, the steps that hold what was removed so far, and what a local search chose."""
+STEP = "searched_blocks"
+"""Of a resumable calibration, the step that holds what was chosen."""
 
 _WHAT = "Sets of blocks"
 _ADVICE = "Set layer_selection='block_influence'."
@@ -103,58 +96,42 @@ def check_comparable(setup: StudentSetup) -> OutputComparison:
     return OutputComparison(teacher, what=_WHAT, advice=_ADVICE)
 
 
-def check_removable(setup: StudentSetup, stacks: Collection[str]) -> None:
-    """Raise where blocks cannot be removed one by one.
-
-    Raises:
-        IncomparableOutputs: There are several stacks, or as `check_comparable`.
-    """
-    if len(stacks) > 1:
-        raise IncomparableOutputs(
-            f"Blocks are removed one by one from models of one stack; found {sorted(stacks)}. {_ADVICE}"
-        )
-    check_comparable(setup)
-
-
 def select_blocks(
-    calibration: CalibrationResult, stack: str, by_influence: Sequence[int], setup: StudentSetup, *, greedy: bool
+    calibration: CalibrationResult, stack: str, by_influence: Sequence[int], setup: StudentSetup
 ) -> BlockSelection:
     """Return which blocks of a stack to keep, with all others of the model whole.
 
-    The loss of the sample with these blocks alone is never larger than with those of greatest influence.
+    With these blocks alone the sample's outputs are never farther from the teacher's than with those of greatest influence.
 
     Args:
         calibration: What was collected of the teacher.
         stack: The stack, such as "layers.{block}".
-        by_influence: The blocks of greatest influence of those that the student's config can have, in order; of a greedy
-            removal only their number matters.
+        by_influence: The blocks of greatest influence of those that the student's config can have, in order.
         setup: Of the student.
-        greedy: Whether blocks are removed one by one; otherwise there is a local search.
 
     Raises:
         IncomparableOutputs: As `check_comparable`; the model has blocks that do not run one after another, or a single example
             of embeddings.
     """
     comparison, step = check_comparable(setup), _search_step(stack)
-    saved = None if greedy or calibration.checkpoint is None else calibration.checkpoint.load_step(step)
+    saved = None if calibration.checkpoint is None else calibration.checkpoint.load_step(step)
     if saved is not None:
         return BlockSelection(**saved[1])
-    sample = _sample(calibration.teacher, comparison, *sample_size(comparison.task, setup.config, greedy=greedy))
+    sample = _sample(calibration.teacher, comparison, *sample_size(comparison.task, setup.config))
     try:
         with calibration_mode(sample.model):
-            search = _Search(sample, stack, comparison, calibration.checkpoint, by_rows=greedy)
-            select = search.remove if greedy else search.search
+            search = _Search(sample, stack, comparison, calibration.checkpoint)
             influence = calibration.statistics.block_scores[stack]
-            return select(by_influence, influence, show_progress=setup.show_progress)
+            return search.search(by_influence, influence, show_progress=setup.show_progress)
     except UnsupportedBlockStructure as error:
         raise IncomparableOutputs(f"{_WHAT} cannot be evaluated: {error} {_ADVICE}") from error
 
 
 def _search_step(stack: str) -> str:
-    return f"{SEARCH_STEP}.{stack.removesuffix('.{block}')}"
+    return f"{STEP}.{stack.removesuffix('.{block}')}"
 
 
-def sample_size(task: Task, config: PreTrainedConfig, *, greedy: bool = False) -> tuple[int, int | None]:
+def sample_size(task: Task, config: PreTrainedConfig) -> tuple[int, int | None]:
     """Return on how many tokens of all processes sets are compared, and to how many rows are cut; None leaves them whole.
 
     Example:
@@ -162,8 +139,6 @@ def sample_size(task: Task, config: PreTrainedConfig, *, greedy: bool = False) -
         >>> sample_size(Task.CAUSAL_LM, LlamaConfig())
         (128, 32)
     """
-    if greedy:
-        return GREEDY_TOKENS, None
     if task.is_per_token and not config.is_encoder_decoder:
         return SHORT_ROWS * SHORT_ROW_TOKENS, SHORT_ROW_TOKENS
     return SEARCH_TOKENS, None
@@ -210,7 +185,7 @@ def _merged(batches: list[Batch]) -> list[Batch]:
 
 
 class _Search:
-    """The search in one stack; of a greedy removal, with the blocks that are left, and the hidden states before each."""
+    """The search in one stack."""
 
     def __init__(
         self,
@@ -218,17 +193,11 @@ class _Search:
         stack: str,
         comparison: OutputComparison,
         checkpoint: CalibrationCheckpoint | None,
-        *,
-        by_rows: bool,
     ):
         self.sample, self.stack, self.comparison, self.checkpoint = sample, stack, comparison, checkpoint
-        self.parts = [comparison.parts(batch) if by_rows else [batch] for batch in sample.batches]
         self.blocks: SequentialBlocks = sample.start(stack)
         if not self.blocks.structure.is_replayable:
             raise UnsupportedBlockStructure("what follows takes more of its blocks than the last hidden states.")
-        self.kept = list(range(len(self.blocks.blocks)))
-        self.before: dict[int, Streams] = {}
-        self.reference: list[Tensor] = []
 
     def search(self, by_influence: Sequence[int], influence: Tensor, *, show_progress: bool) -> BlockSelection:
         """Return the blocks with which the outputs are nearest to the teacher's, of all sets that are tried."""
@@ -269,63 +238,6 @@ class _Search:
             return_freed_memory()  # logits over a large vocabulary
         return self._means(differences)
 
-    def remove(self, by_influence: Sequence[int], influence: Tensor, *, show_progress: bool) -> BlockSelection:
-        """Remove blocks until as many are left as `by_influence` has."""
-        count = len(by_influence)
-        final = self._run_from(0, self.blocks.hidden_states, keeps=True)
-        self.reference = list(self._outputs(final)) if self.comparison.needs_teacher else []
-        removal, losses = self._resume()
-        total = len(self.kept) - count
-        with tqdm(total=total, desc="calibration: blocks", unit="block", disable=not show_progress) as bar:
-            while len(self.kept) > count:
-                block = self._least_missed(losses)
-                removal.removed.append((block, losses.pop(block)))
-                self._remove(block)
-                self._save(removal, losses)
-                bar.update()
-        removal.kept = list(self.kept)
-        strongest = top_influence_blocks(influence, count)
-        removal.influence_loss = self._loss_of(strongest)
-        if removal.influence_loss < removal.removed[-1][1]:
-            removal.kept = strongest
-        return removal
-
-    def _least_missed(self, losses: dict[int, float]) -> int:
-        """Return the block whose removal costs least; `losses` has those of earlier evaluations, and gets the new ones."""
-        if not losses:
-            losses.update({block: self._loss_without(block) for block in self.kept})
-            return min(losses, key=losses.__getitem__)
-        evaluated: set[int] = set()
-        while True:
-            block = min(losses, key=losses.__getitem__)
-            if block in evaluated:
-                return block
-            losses[block] = self._loss_without(block)
-            evaluated.add(block)
-
-    def _loss_without(self, block: int) -> float:
-        return self._loss(self._run_from(self.kept.index(block) + 1, self.before[block]))
-
-    def _loss_of(self, selected: Sequence[int]) -> float:
-        """Return the loss of the sample with these blocks alone."""
-        self.kept = list(selected)
-        return self._loss(self._run_from(0, self.blocks.hidden_states))
-
-    def _remove(self, block: int) -> None:
-        position, stream = self.kept.index(block), self.before.pop(block)
-        self.kept.remove(block)
-        self._run_from(position, stream, keeps=True)
-
-    @torch.no_grad()
-    def _run_from(self, position: int, stream: Streams, *, keeps: bool = False) -> Streams:
-        """Run the blocks that are left from a position on; return the last hidden states, and keep those before each."""
-        for block in self.kept[position:]:
-            if keeps:
-                self.before[block] = stream
-            with self._held(block):
-                stream = self._run_block(block, stream)
-        return stream
-
     def _held(self, block: int) -> contextlib.AbstractContextManager[None]:
         """Keep the weights of a block in memory for the duration of the block."""
         weights = self.blocks.weights
@@ -339,18 +251,11 @@ class _Search:
 
     @torch.no_grad()
     def _outputs(self, final: Streams) -> Iterator[Tensor]:
-        """Yield what is compared of each part of a batch."""
-        for index, parts in enumerate(self.parts):
-            hidden_states = final[index]
-            for part, last in zip(parts, hidden_states.tensor_split(len(parts)), strict=True):
-                with replaced_blocks(self.blocks.blocks, self.blocks.structure.outputs, last):
-                    outputs = self.comparison.outputs(self.sample.model, part)
-                yield outputs
-
-    def _loss(self, final: Streams) -> float:
-        """Return the mean loss of the sample in nats, the same in all processes."""
-        parts = [part for batch in self.parts for part in batch]
-        return self._means([self.comparison.losses(self._outputs(final), self.reference, parts)])[0]
+        """Yield what is compared of each batch."""
+        for index, batch in enumerate(self.sample.batches):
+            with replaced_blocks(self.blocks.blocks, self.blocks.structure.outputs, final[index]):
+                outputs = self.comparison.outputs(self.sample.model, batch)
+            yield outputs
 
     @staticmethod
     def _means(losses: Sequence[Tensor]) -> list[float]:
@@ -362,21 +267,3 @@ class _Search:
         all_reduce_sum_([sums])
         means: list[float] = (sums[0] / sums[1].clamp(min=1)).tolist()
         return means
-
-    def _resume(self) -> tuple[BlockSelection, dict[int, float]]:
-        """Return what an earlier run removed, and the losses that it knew; the removals are made again."""
-        saved = None if self.checkpoint is None else self.checkpoint.load_step(STEP)
-        if saved is None:
-            return BlockSelection(), {}
-        facts: dict[str, Any] = saved[1]
-        removal = BlockSelection([(int(block), float(loss)) for block, loss in facts["removed"]])
-        gone = {block for block, _ in removal.removed}
-        self.kept = [block for block in self.kept if block not in gone]
-        self.before.clear()
-        self._run_from(0, self.blocks.hidden_states, keeps=True)
-        return removal, {int(block): float(loss) for block, loss in facts["losses"]}
-
-    def _save(self, removal: BlockSelection, losses: Mapping[int, float]) -> None:
-        if self.checkpoint is not None:
-            facts = {"removed": removal.removed, "losses": list(losses.items())}
-            self.checkpoint.save_step(STEP, {"kept": torch.tensor(self.kept)}, facts)

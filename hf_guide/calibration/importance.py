@@ -50,15 +50,13 @@ class BlockSelection:
     """The blocks of one stack that were chosen as a set.
 
     Attributes:
-        removed: The blocks, in the order of their removal, each with the sample's loss in nats without it and those before it.
         kept: The blocks that were chosen, in order.
         influence_loss: The sample's loss with the blocks of greatest influence instead.
-        kept_loss: Of a local search, the sample's loss with the blocks that were chosen.
-        by_influence: Of a local search, the blocks of greatest influence.
-        next_best: Of a local search, the sets to choose if that one is not possible, best first, with their losses.
+        kept_loss: The sample's loss with the blocks that were chosen.
+        by_influence: The blocks of greatest influence.
+        next_best: The sets to choose if that one is not possible, best first, with their losses.
     """
 
-    removed: list[tuple[int, float]] = field(default_factory=list)
     kept: list[int] = field(default_factory=list)
     influence_loss: float = float("nan")
     kept_loss: float = float("nan")
@@ -66,7 +64,7 @@ class BlockSelection:
     next_best: list[tuple[list[int], float]] = field(default_factory=list)
 
     def exchange(self) -> dict[str, Any]:
-        """Return what a local search dropped of the blocks of greatest influence, what it kept instead, and both losses."""
+        """Return what was dropped of the blocks of greatest influence, what was kept instead, and both losses."""
         return {
             "dropped": [block for block in self.by_influence if block not in self.kept],
             "kept": [block for block in self.kept if block not in self.by_influence],
@@ -75,21 +73,16 @@ class BlockSelection:
         }
 
     def without_best(self) -> "BlockSelection":
-        """Return what a local search would have chosen if the set that it did choose were not possible."""
+        """Return what would have been chosen if the set that was were not possible."""
         (kept, loss), *others = self.next_best
         return dataclasses.replace(self, kept=kept, kept_loss=loss, next_best=others)
 
     def scores(self, influence: Tensor) -> Tensor:
-        """Return scores of which the blocks that were kept have the largest, (blocks,) float64.
-
-        Of the others those have the largest that were removed last, or that were not removed one by one, by their influence.
-        """
+        """Return scores of which the blocks that were kept have the largest, then others by influence, (blocks,) float64."""
         depth = len(influence)
         scores = torch.full((depth,), float(depth), dtype=torch.float64)
-        order = [block for block, _ in self.removed if block not in self.kept]
         by_influence: list[int] = influence.argsort(stable=True).tolist()
-        others = [block for block in by_influence if block not in self.kept and block not in order]
-        for position, block in enumerate([*order, *others]):
+        for position, block in enumerate(block for block in by_influence if block not in self.kept):
             scores[block] = position
         return scores
 

@@ -27,10 +27,9 @@ class LayerSelection(StringEnum):
     FIRST_LAST = "first_last"
     BLOCK_INFLUENCE = "block_influence"
     LOCAL_SEARCH = "local_search"
-    GREEDY = "greedy"
 
 
-MEASURED_SELECTIONS = (LayerSelection.BLOCK_INFLUENCE, LayerSelection.LOCAL_SEARCH, LayerSelection.GREEDY)
+MEASURED_SELECTIONS = (LayerSelection.BLOCK_INFLUENCE, LayerSelection.LOCAL_SEARCH)
 """The rules that need the teacher's activations."""
 
 
@@ -272,8 +271,7 @@ def layer_selection_field(default: LayerSelection) -> Any:
     influence = (
         ", block_influence (those that change the residual stream most or make it massive), local_search (the same; at the "
         "teacher's width, of the six nearest to the threshold, other three if these bring the outputs on 128 tokens nearer to "
-        "the teacher's by a tenth), greedy (blocks are removed one by one, each time the one without which the loss on 512 "
-        "tokens is lowest)"
+        "the teacher's by a tenth)"
     )
     return field(
         default=default.value,

@@ -175,8 +175,7 @@ class InitializationReport:
         shape_choice: How the sizes were chosen for a budget; empty where they were given.
         calibration: Of a calibrated student: `tokens` seen; `self_generated`, whether the teacher wrote them;
             `block_influence` (1 - cosine of input and output); `massive_blocks`, those that make hidden states massive and are
-            kept before most others; `removed_blocks`, in the order of a greedy removal, each with
-            the loss of the teacher without it and those before it; `exchanged_blocks` of a local search: those of greatest
+            kept before most others; `exchanged_blocks` of a local search: those of greatest
             influence that were `dropped`, those `kept` instead, the `loss` (divergence from the teacher in nats; of embeddings
             the difference of similarities) and the `influence_loss` without the exchange; `selected`, the indices of heads
             and neurons by output projection; `residual_error`, the relative error of the residual stream after each block;

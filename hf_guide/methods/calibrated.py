@@ -13,8 +13,7 @@ each block were called with. On a CPU it is kept in temporary files, as long as 
 
 With `layer_selection="local_search"` the 20 sets of blocks around those of most influence are tried on 128 tokens, which
 takes 7 to 11 forward passes over these of a teacher of 30 blocks, and reads it once more; not for a student of another
-width. With "greedy" blocks are removed one by one, which takes about 2.6 times the teacher's depth in passes
-over 512 tokens (`calibration/block_selection.py`).
+width (`calibration/block_selection.py`).
 
 Memory: of activations, for all tokens of a process, the teacher's hidden states after each stack; and while a block is
 refitted those before it, up to four more tensors of that width (the residual stream between attention and MLP, the inputs of
@@ -35,7 +34,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_guide.calibration.basis import fit_activation_bases
-from hf_guide.calibration.block_selection import check_removable, keeps_width, select_blocks
+from hf_guide.calibration.block_selection import keeps_width, select_blocks
 from hf_guide.calibration.collection import CalibrationResult, collect_calibration
 from hf_guide.calibration.config import CalibratedConfig, Refit
 from hf_guide.calibration.cost import calibration_parts
@@ -102,8 +101,6 @@ class CalibratedMethod(InitializationMethod):
         """Check the student's plan, then run the teacher on the data; return each block's influence by stack."""
         plan = setup.validate_plan()
         self.stacks, self.widths = plan.block_mapping, plan.widths
-        if self.config.layer_selection == LayerSelection.GREEDY:
-            check_removable(setup, self.stacks)  # an error before the teacher runs
         folder = None if setup.calibration_cache_dir is None else Path(setup.calibration_cache_dir).expanduser()
         call = describe_call(setup.teacher, setup.model_class, setup.config, setup.dtype, self.config)
         self.calibration = collect_calibration(
@@ -126,11 +123,7 @@ class CalibratedMethod(InitializationMethod):
         self.stacks, self.widths, self.calibration, self.setup = plan.block_mapping, plan.widths, calibration, setup
 
     def reselect(self, layers: Mapping[str, Sequence[int]]) -> dict[str, list[float]] | None:
-        """Choose the blocks as a set: at first that of a search, and while the config cannot have it the next best one.
-
-        Raises:
-            IncomparableOutputs: A greedy removal is not possible.
-        """
+        """Choose the blocks as a set: at first that of a search, and while the config cannot have it the next best one."""
         calibration = self.calibration
         if not calibration.block_selections:
             self.searched = self._search(layers) if self.searched is None else self.searched
@@ -150,15 +143,15 @@ class CalibratedMethod(InitializationMethod):
 
     def searched_stacks(self) -> list[str]:
         """Return the stacks that lose blocks and whose sets of blocks are compared; note those that are too narrow."""
-        if self.config.layer_selection not in (LayerSelection.LOCAL_SEARCH, LayerSelection.GREEDY):
+        if self.config.layer_selection != LayerSelection.LOCAL_SEARCH:
             return []
-        calibration, is_greedy = self.calibration, self.config.layer_selection == LayerSelection.GREEDY
+        calibration = self.calibration
         norms = find_modules(calibration.teacher.model, self.setup.layout).norms.values()
         axes, found = {ref.stack: ref.axis for ref in norms}, []
         for stack, influence in sorted(calibration.statistics.block_influence.items()):
             if len(self.stacks.get(stack, influence)) == len(influence):
                 continue
-            if is_greedy or keeps_width(self.widths.get(axes.get(stack) or "")):
+            if keeps_width(self.widths.get(axes.get(stack) or "")):
                 found.append(stack)
                 continue
             note = (
@@ -174,17 +167,15 @@ class CalibratedMethod(InitializationMethod):
         Args:
             layers: By stack, the blocks of greatest influence of those that the student's config can have.
         """
-        calibration, is_greedy = self.calibration, self.config.layer_selection == LayerSelection.GREEDY
+        calibration = self.calibration
         found: dict[str, BlockSelection] = {}
         for stack in self.searched_stacks():
             influence = calibration.statistics.block_scores[stack]
             count = len(self.stacks[stack])
             by_influence = sorted(layers.get(stack) or top_influence_blocks(influence, count))
             try:
-                found[stack] = select_blocks(calibration, stack, by_influence, self.setup, greedy=is_greedy)
+                found[stack] = select_blocks(calibration, stack, by_influence, self.setup)
             except IncomparableOutputs as error:
-                if is_greedy:
-                    raise
                 name = stack.removesuffix(".{block}")
                 calibration.notes.append(f"The blocks of greatest influence were kept in {name}. {error}")
         return found
@@ -290,9 +281,7 @@ class CalibratedMethod(InitializationMethod):
             if blocks:
                 facts.setdefault("massive_blocks", {})[stack.removesuffix(".{block}")] = blocks
         for stack, selection in calibration.block_selections.items():
-            is_greedy = bool(selection.removed)
-            found = facts.setdefault("removed_blocks" if is_greedy else "exchanged_blocks", {})
-            found[stack.removesuffix(".{block}")] = selection.removed if is_greedy else selection.exchange()
+            facts.setdefault("exchanged_blocks", {})[stack.removesuffix(".{block}")] = selection.exchange()
         with calibration_mode(teacher), calibration_mode(student):
             tied_head = head if head is not None and head.is_tied and config.refit != Refit.NONE else None
             if tied_head is not None and not state.resume_step("tied_embedding"):

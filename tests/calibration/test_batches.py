@@ -67,7 +67,7 @@ def test_what_is_missing_before_the_first_row_is_skipped() -> None:
     assert are_equal(load(teacher, [None, ROW, ROW]), load(teacher, [ROW, ROW]))
 
 
-@pytest.mark.parametrize("selection", ["greedy", "local_search", "block_influence"])
+@pytest.mark.parametrize("selection", ["local_search", "block_influence"])
 def test_masks_of_four_axes_select_blocks_as_none_does(selection: str) -> None:
     """A mask that states which tokens each attends to, here that of every causal model."""
     students = [

@@ -1,4 +1,4 @@
-"""Blocks chosen as a set, by a local search or by greedy removal: never worse than by influence alone, and resumable."""
+"""Blocks chosen as a set by a local search: never worse than by influence alone, and resumable."""
 
 import copy
 import itertools
@@ -20,9 +20,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_guide import OptionError, from_teacher
+from hf_guide import from_teacher
 from hf_guide.calibration import block_selection
-from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.output_comparison import divergence
 from hf_guide.calibration.reconstruction import BlockReconstructor
 from hf_guide.modeling import plan_student
@@ -65,45 +64,12 @@ def divergence_from(teacher: PreTrainedModel, model: PreTrainedModel) -> float:
     return divergence(model(ids).logits, teacher(ids).logits).mean().item()
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_the_set_is_greedy_and_its_loss_at_most_that_of_the_influence(name: str) -> None:
-    teacher = KINDS[name].teacher()
-    chosen = student(teacher, "greedy")
-    report = chosen.initialization_report
-    (removed,) = report.calibration["removed_blocks"].values()
-    (kept,) = report.blocks.values()
-    assert loss(chosen) <= loss(student(teacher, "block_influence")) + 1e-4
-    # Each recorded loss is that of a student without the blocks removed so far, and no other removal would have cost less.
-    left = list(range(4))
-    for block, recorded in removed:
-        depth = "n_layer" if name == "gpt2" else "num_hidden_layers"
-        without = {
-            other: loss(
-                from_teacher(
-                    teacher,
-                    method=EXACT | {"layer_selection": [each for each in left if each != other]},
-                    calibration_dataset=batches(),
-                    show_progress=False,
-                    **{depth: len(left) - 1},
-                )
-            )
-            for other in left
-        }
-        assert without[block] == pytest.approx(recorded, abs=1e-4)
-        if len(left) == 4:
-            assert without[block] == pytest.approx(min(without.values()), abs=1e-4)
-        left.remove(block)
-    assert kept == left or loss(chosen) <= removed[-1][1] + 1e-4
-
-
-@pytest.mark.parametrize("selection", ["local_search", "greedy"])
-def test_a_teacher_of_files_loses_the_same_blocks(selection: str, tmp_path: Path) -> None:
+def test_a_teacher_of_files_loses_the_same_blocks(tmp_path: Path) -> None:
     teacher = KINDS["llama"].teacher()
     teacher.save_pretrained(tmp_path)
-    reports = [student(each, selection).initialization_report for each in (teacher, tmp_path)]
+    reports = [student(each, "local_search").initialization_report for each in (teacher, tmp_path)]
     assert reports[0].blocks == reports[1].blocks
-    for name in ("removed_blocks", "exchanged_blocks"):
-        assert reports[0].calibration.get(name) == reports[1].calibration.get(name)
+    assert reports[0].calibration["exchanged_blocks"] == reports[1].calibration["exchanged_blocks"]
 
 
 def misleading(depth: int) -> PreTrainedModel:
@@ -219,32 +185,6 @@ def test_a_killed_search_ends_with_the_same_blocks(tmp_path: Path, monkeypatch: 
     assert resumed.initialization_report.calibration["exchanged_blocks"]
 
 
-def test_a_killed_removal_goes_on_with_what_it_had_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teacher, remove = KINDS["llama"].teacher(), block_selection._Search._remove
-    whole = student(teacher, "greedy").initialization_report.calibration["removed_blocks"]
-
-    def stop_at_second(search: Any, block: int) -> None:
-        if len(search.kept) == 3:
-            raise KeyboardInterrupt
-        remove(search, block)
-
-    monkeypatch.setattr(block_selection._Search, "_remove", stop_at_second)
-    with pytest.raises(KeyboardInterrupt):
-        student(teacher, "greedy", calibration_cache_dir=tmp_path)
-    removals: list[int] = []
-    monkeypatch.setattr(
-        block_selection._Search, "_remove", lambda search, block: removals.append(block) or remove(search, block)
-    )
-    resumed = student(teacher, "greedy", calibration_cache_dir=tmp_path).initialization_report
-    assert resumed.calibration["removed_blocks"] == whole and removals == [whole["layers"][1][0]]
-
-
-def test_the_set_of_greatest_influence_is_kept_where_its_loss_is_lower() -> None:
-    removal = BlockSelection([(1, 2.0), (2, 3.0)], kept=[1, 3])
-    scores = removal.scores(torch.tensor([0.1, 0.4, 0.3, 0.2]))
-    assert scores.topk(2).indices.sort().values.tolist() == [1, 3] and scores[2] < scores[1]
-
-
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name", ["masked-lm", "sequence-classification", "sequence-classification, regression", "feature-extraction"]
@@ -252,9 +192,6 @@ def test_the_set_of_greatest_influence_is_kept_where_its_loss_is_lower() -> None
 def test_encoders_are_scored_by_how_far_they_are_from_the_teacher(name: str) -> None:
     teacher, data = teacher_of(name)
     options = {"calibration_dataset": data, "show_progress": False, "num_hidden_layers": 2}
-    report = from_teacher(teacher, method=EXACT | {"layer_selection": "greedy"}, **options).initialization_report
-    (removed,) = report.calibration["removed_blocks"].values()
-    assert len(removed) == 2 and all(loss > 0 for _, loss in removed)
     searched = from_teacher(teacher, method=EXACT | {"layer_selection": "local_search"}, **options)
     (kept,) = searched.initialization_report.blocks.values()
     (exchanged,) = searched.initialization_report.calibration["exchanged_blocks"].values()
@@ -346,9 +283,7 @@ def test_sets_are_compared_on_the_start_of_several_texts(padding: "dict[int, sli
     assert found["loss"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_rows_that_are_padded_on_the_left_and_those_of_a_greedy_removal_are_whole(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_rows_that_are_padded_on_the_left_are_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes: list[list[tuple[int, ...]]] = []
     sample = block_selection._sample
 
@@ -359,24 +294,17 @@ def test_rows_that_are_padded_on_the_left_and_those_of_a_greedy_removal_are_whol
 
     monkeypatch.setattr(block_selection, "_sample", recorded)
     teacher = KINDS["llama"].teacher()
-    for selection, data in (
-        ("local_search", long_rows(4, {0: slice(0, 8)})),
-        ("local_search", long_rows(4)),
-        ("greedy", long_rows(8)),
-    ):
+    for data in (long_rows(4, {0: slice(0, 8)}), long_rows(4)):
         options = {"calibration_dataset": data, "show_progress": False, "num_hidden_layers": 2}
-        from_teacher(teacher, method=EXACT | {"layer_selection": selection}, **options)
-    assert shapes == [[(2, 48), (2, 32)], [(4, 32)], [(11, 48)]]
+        from_teacher(teacher, method=EXACT, **options)
+    assert shapes == [[(2, 48), (2, 32)], [(4, 32)]]
 
 
-def test_a_single_embedding_is_an_error_of_a_greedy_removal_and_a_note_of_a_search() -> None:
+def test_a_single_embedding_is_a_note_of_a_search() -> None:
     teacher, data = teacher_of("feature-extraction")
     options = {"calibration_dataset": [{"input_ids": data[0]["input_ids"][:1]}], "show_progress": False}
-    message = "Sets of blocks .* has 1 for it: pass more data"
-    with pytest.raises(OptionError, match=message):
-        from_teacher(teacher, method=EXACT | {"layer_selection": "greedy"}, num_hidden_layers=2, **options)
     report = from_teacher(teacher, method=EXACT, num_hidden_layers=2, **options).initialization_report
-    assert any(re.search(message, note) for note in report.notes)
+    assert any(re.search("Sets of blocks .* has 1 for it: pass more data", note) for note in report.notes)
 
 
 def with_blocks(teacher: PreTrainedModel, path: str, kept: tuple[int, ...]) -> PreTrainedModel:
@@ -437,13 +365,6 @@ def test_the_stacks_of_an_encoder_decoder_are_searched_one_by_one(name: str, mon
         found = report.calibration["exchanged_blocks"][stack]
         assert losses[tuple(kept)] <= min(losses.values()) * (1 + 2e-3)
         assert found["loss"] == pytest.approx(losses[tuple(kept)], rel=1e-3)
-
-
-def test_a_greedy_removal_from_several_stacks_is_an_error() -> None:
-    kind = KINDS["t5"]
-    options = {"calibration_dataset": batches(), "show_progress": False, **kind.smaller}
-    with pytest.raises(OptionError, match=r"from models of one stack; found.*layer_selection='block_influence'"):
-        from_teacher(kind.teacher(), method=EXACT | {"layer_selection": "greedy"}, **options)
 
 
 def test_of_the_sets_that_the_config_can_have_the_best_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
