@@ -319,27 +319,33 @@ def fits_budget(budget: Budget, parameters: Any, active: Any, memory: Any) -> An
     return fits
 
 
-def cache_width(layout: Layout, config: Any, *, caches: bool, required: bool) -> int:
+def cache_width(layout: Layout, config: Any, model_class: Any, *, required: bool) -> int:
     """Return how many numbers the key-value cache holds for a position, per key/value head and block; 0 without a cache.
 
-    Windows of attention, which bound the cache, are not taken into account.
+    It is an upper bound: windows of attention, keys that heads share without a field for it (Falcon's `multi_query`) and
+    compressed caches (DeepSeek's) are not taken into account.
 
     Args:
         layout: Of the family.
         config: The teacher's.
-        caches: Whether the student keeps a cache.
+        model_class: The student's.
         required: Whether a budget depends on it; otherwise it is 0 too where the layout does not name heads, as Mamba's.
 
     Raises:
-        ShapeError: It is required, and the layout does not name heads.
+        ShapeError: It is required, and the layout does not name heads, or the model keeps recurrent states as well.
     """
     sizes = config_sizes(layout, config)
-    if not caches or ("k_dim" not in sizes and not required):
+    if not model_class.can_generate() or ("k_dim" not in sizes and not required):
         return 0
     if "k_dim" not in sizes or "head_dim" not in sizes:
         raise ShapeError(
             f"memory= needs the size of the key-value cache, which the layout of {layout.family!r} does not give: use "
             "num_parameters= instead."
+        )
+    if required and model_class._is_stateful:
+        raise ShapeError(
+            f"memory= counts the key-value cache of every block, and {model_class.__name__} keeps recurrent states in some or "
+            "all of its blocks: use num_parameters= instead."
         )
     return sizes["k_dim"] + sizes["head_dim"]
 

@@ -160,9 +160,7 @@ class ShapeSearch:
         changes = {name: value for name, value in self._counted_changes.items() if name not in names}
         probe = ModelProbe(self.teacher, student_class, changes)
         is_of_memory = self.budget.memory is not None
-        width = cache_width(
-            self.setup.layout, self.teacher.config, caches=student_class.can_generate(), required=is_of_memory
-        )
+        width = cache_width(self.setup.layout, self.teacher.config, student_class, required=is_of_memory)
         counter = ParameterCounter(probe, fields)
         sizes = {name: size for name in names if isinstance(size := fixed.get(name, vars(derived).get(name)), int)}
         enumerator = ShapeEnumerator(
@@ -378,7 +376,8 @@ def find_shapes(
             teacher's).
         active_parameters: Those that a token passes in a mixture of experts, likewise.
         memory: Bytes of the weights in the student's dtype and of the key-value cache, or a text such as "500MB" or "1.5GiB";
-            never exceeded.
+            never exceeded. Of the cache it is an upper bound: windows of attention and caches that are compressed, or shared
+            by heads without a field for their number, take less.
         cache_length: Positions of that cache; 2,048 by default, or as many as the model has if these are fewer.
         search_steps: With calibration data, for how many steps the best three are distilled on it by the running teacher's
             outputs, a calibration batch each; then the lowest loss is first. None compares them untrained.

@@ -4,20 +4,29 @@ import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    FalconConfig,
+    FalconH1Config,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    Qwen3Config,
+    Qwen3NextConfig,
     SegformerConfig,
     SegformerForImageClassification,
 )
 
 from hf_guide import find_shapes, from_teacher
 from hf_guide.errors import LayoutError, OptionError, ShapeError
+from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.shapes.candidates import rule_scores
 from hf_guide.shapes.counting import ParameterCounter
+from hf_guide.shapes.enumeration import cache_width
 from hf_guide.shapes.fields import ModelProbe, SizeField, SizeFields, SizeRole, build_on_meta, find_size_fields
 from hf_guide.teachers.checkpoint import open_teacher
 from tests.small_speech import whisper, whisper_processor
@@ -129,6 +138,52 @@ def test_memory_counts_the_weights_and_the_cache_that_the_model_fills():
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert shape.memory == cached + sum(each.nbytes for each in student.parameters())
     assert 0.98 * 200_000 <= shape.memory <= 200_000
+
+
+SMALL_DECODER = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
+SMALL_DECODER |= {"num_attention_heads": 4, "max_position_embeddings": 64}
+MLA = {"kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 12}
+
+
+@pytest.mark.parametrize(
+    ("config_class", "extra"),
+    [
+        (Gemma3TextConfig, {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8}),
+        (FalconConfig, {}),  # all heads share keys and values
+        (
+            DeepseekV3Config,
+            MLA
+            | {
+                "num_key_value_heads": 4,
+                "n_routed_experts": 4,
+                "n_group": 1,
+                "topk_group": 1,
+                "moe_intermediate_size": 16,
+                "num_experts_per_tok": 2,
+            },
+        ),
+        (Qwen3Config, {"num_key_value_heads": 2, "head_dim": 16}),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_memory_never_counts_less_than_the_cache_takes(config_class, extra):
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(config_class(**SMALL_DECODER | extra)).eval()
+    size = 3 * sum(each.nbytes for each in teacher.parameters()) // 5
+    (shape,) = shapes_of(teacher, memory=size, cache_length=24)
+    student = from_teacher(teacher, show_progress=False, **shape.overrides)
+    cache = student(torch.ones(1, 24, dtype=torch.long), use_cache=True).past_key_values
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert cached + sum(each.nbytes for each in student.parameters()) <= shape.memory <= size
+
+
+@pytest.mark.parametrize("config_class", [FalconH1Config, Qwen3NextConfig], ids=lambda each: each.model_type)
+def test_memory_of_a_model_with_recurrent_states_is_refused(config_class):
+    sizes = SMALL_DECODER | {"num_key_value_heads": 2, "head_dim": 16}
+    with torch.device("meta"):
+        teacher = AutoModelForCausalLM.from_config(config_class(**sizes))
+    with pytest.raises(ShapeError, match="keeps recurrent states in some or all of its blocks: use num_parameters="):
+        cache_width(layout_for(teacher.config, type(teacher)), teacher.config, type(teacher), required=True)
 
 
 @pytest.mark.parametrize("cache_length", [None, 10])
