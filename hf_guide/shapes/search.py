@@ -261,6 +261,13 @@ class ShapeSearch:
         config = resolve_config(
             self.teacher, None, {**self.overrides, **overrides}, self.setup.options, keywords=self.keywords
         ).config
+        kinds = (set(getattr(each, "layer_types", None) or ()) for each in (self.teacher.config, config))
+        if student_class._is_stateful and (
+            lost := next(kinds) - next(kinds)
+        ):  # generation asks attention for its length
+            raise ShapeError(
+                f"It has no block of the kind {min(lost)}, without which {student_class.__name__} cannot run."
+            )
         model = build_on_meta(student_class, config, self.teacher)
         cost = exact_cost(model, config)
         sizes = {name: values[[index]] for name, values in grid.sizes.items()}

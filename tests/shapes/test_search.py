@@ -17,6 +17,7 @@ from transformers import (
     MambaForCausalLM,
     Qwen3Config,
     Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     SegformerConfig,
     SegformerForImageClassification,
 )
@@ -175,6 +176,19 @@ def test_memory_never_counts_less_than_the_cache_takes(config_class, extra):
     cache = student(torch.ones(1, 24, dtype=torch.long), use_cache=True).past_key_values
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert cached + sum(each.nbytes for each in student.parameters()) <= shape.memory <= size
+
+
+def test_a_model_of_blocks_of_linear_attention_keeps_one_of_attention():
+    """The best of the rule had one block, of linear attention, with which the family cannot generate."""
+    torch.manual_seed(0)
+    linear = {f"linear_{name}": size for name, size in (("num_key_heads", 4), ("num_value_heads", 8))}
+    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+    sizes = SMALL_DECODER | linear | experts | {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 8}
+    teacher = Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, shared_expert_intermediate_size=64))
+    for shape in shapes_of(teacher, num_parameters="15%", limit=3):
+        student = from_teacher(teacher, show_progress=False, **shape.overrides)
+        assert set(student.config.layer_types) == {"linear_attention", "full_attention"}
 
 
 @pytest.mark.parametrize("config_class", [FalconH1Config, Qwen3NextConfig], ids=lambda each: each.model_type)
