@@ -152,14 +152,14 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    import hf_guide
+    from hf_guide import modeling, modeling_auto
     from hf_guide.hub.saved_model import SavedModel, check_tokenizer_files, copy_tokenizer_files
     from hf_guide.methods import InitializationConfig
     from hf_guide.utils.checksums import check_written_model
 
     method = InitializationConfig.parse(options)
     check_tokenizer_files(args.teacher, gguf_file=args.gguf_file, revision=args.revision, token=args.token)
-    from_teacher = getattr(hf_guide, TASKS[args.task]).from_teacher if args.task else hf_guide.from_teacher
+    from_teacher = getattr(modeling_auto, TASKS[args.task]).from_teacher if args.task else modeling.from_teacher
     with atomic_folder(args.output, check=check_written_model) as folder:
         student: Any = from_teacher(
             args.teacher,
@@ -191,13 +191,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _dry_run(args: argparse.Namespace, overrides: dict[str, Any], options: dict[str, Any]) -> int:
     """Print what would be made, and what it takes, without reading weights; raise where an output's disk has no space."""
-    import hf_guide
-    from hf_guide.modeling import plan_student
+    from hf_guide import modeling, modeling_auto
 
-    plan = plan_student(
+    plan = modeling.plan_student(
         args.teacher,
         method=options,
-        model_class=getattr(hf_guide, TASKS[args.task]).model_class if args.task else None,
+        model_class=getattr(modeling_auto, TASKS[args.task]).model_class if args.task else None,
         dtype=args.dtype,
         tokenizer=args.tokenizer,
         gguf_file=args.gguf_file,
