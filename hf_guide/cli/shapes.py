@@ -1,7 +1,9 @@
 """`hf-guide shapes`: rank the student shapes of a budget, and plot them."""
 
 import argparse
-from collections.abc import Sequence
+import json
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,18 +86,33 @@ def run(args: argparse.Namespace) -> int:
         **overrides,
     )
     print("\n".join(format_table(shapes)))
-    chosen = {**overrides, **shapes[0].overrides}
-    flags = [*map(_flag, chosen.items()), *([f"--tokenizer {args.tokenizer}"] if args.tokenizer else [])]
-    print(f"\nTake the first: hf-guide init {args.teacher} {' '.join(flags)} -o student/")
+    command = init_command(args, {**overrides, **shapes[0].overrides})
+    print(f"\nTake the first: {command}{' --token ...' if args.token else ''}")
     if args.output:
         plot_shapes([each.to_json() for each in shapes], args.output)
         print(f"Plotted in {args.output}")
     return 0
 
 
-def _flag(size: tuple[str, Any]) -> str:
-    name, value = size
-    return f"{to_flag(name)} {value}" if name in SIZES else f"--config {name}={value}"
+def init_command(args: argparse.Namespace, sizes: Mapping[str, Any]) -> str:
+    """Return the `hf-guide init` that makes the student of some sizes as it was ranked.
+
+    It has every flag of this command that `init` has, too, but for the budget, which the sizes replace, and the token, which
+    is not printed.
+    """
+    from hf_guide.shapes.search import START_FOLDER, search_folder
+
+    words = ["hf-guide", *(word for name in args.imports for word in ("--import", name)), "init", args.teacher]
+    for name, size in sizes.items():
+        words += [to_flag(name), str(size)] if name in SIZES else ["--config", f"{name}={json.dumps(size)}"]
+    if args.calibration_dataset:
+        words += ["--method", "calibrated", "--calibration-dataset", *map(str, args.calibration_dataset)]
+    words += [word for option in args.option for word in ("--option", option)]
+    values = {name: getattr(args, name) for name in ("tokenizer", "dtype", "gguf_file", "revision")}
+    values["calibration_cache_dir"] = search_folder(args.calibration_cache_dir, START_FOLDER)
+    words += [word for name, value in values.items() if value is not None for word in (to_flag(name), str(value))]
+    words += [to_flag(name) for name in ("trust_remote_code", "no_progress") if getattr(args, name)]
+    return f"{shlex.join(words)} -o student/"
 
 
 def format_table(shapes: "Sequence[ShapeCandidate]") -> list[str]:
