@@ -298,11 +298,37 @@ class DataArguments:
 
     @property
     def name(self) -> str:
-        """Name of the dataset for a model card; of local data only the last component of the path."""
+        """Name of the dataset: a Hub id, or the last component of the path of a folder or of the first file to train on."""
         if not self.is_local:
             return self.dataset_name
-        path = first_file(self.data_files) if self.dataset_name in DATASET_BUILDERS else self.dataset_name
+        path = self.dataset_name
+        if path in DATASET_BUILDERS:
+            path = first_file(self._files_of(self.dataset_train_split))
         return Path(path).resolve().name
+
+    def name_of(self, split: str) -> str:
+        """Return the name of a split for a model card: its file without a path, or the dataset, configuration and split.
+
+        Example:
+            >>> files = DataArguments(data_files={"train": "a.jsonl", "validation": "data/b.jsonl"})
+            >>> files.name_of("validation"), files.name_of("validation[:10%]")
+            ('b.jsonl', 'b.jsonl (validation[:10%])')
+            >>> DataArguments("nyu-mll/glue", "mrpc").name_of("test")
+            'nyu-mll/glue, mrpc (test)'
+        """
+        name, is_own_file = self.name, False
+        if self.dataset_name in DATASET_BUILDERS and self.data_files:
+            files = all_files(self._files_of(split))
+            others = f" and {len(files) - 1} more" if len(files) > 1 else ""
+            name = Path(files[0]).resolve().name + others
+            is_own_file = isinstance(self.data_files, dict) and split in self.data_files
+        config = f", {self.dataset_config_name}" if self.dataset_config_name else ""
+        return f"{name}{config}" + ("" if is_own_file else f" ({split})")
+
+    def _files_of(self, split: str) -> Any:
+        """Return the files of a split, or of all splits if they are not separate."""
+        separate = self.data_files if isinstance(self.data_files, dict) else {}
+        return separate.get(split.partition("[")[0], self.data_files)
 
     @property
     def is_local(self) -> bool:
@@ -316,12 +342,22 @@ def first_file(data_files: Any) -> str:
     Raises:
         OptionError: There is none.
     """
+    return all_files(data_files)[0]
+
+
+def all_files(data_files: Any) -> list[str]:
+    """Return the file names in `data_files`: a string, a list, or a mapping of these.
+
+    Raises:
+        OptionError: There is none.
+    """
     if isinstance(data_files, str):
-        return data_files
-    entries = list(data_files.values() if isinstance(data_files, dict) else data_files or ())
-    if not entries:
+        return [data_files]
+    entries = data_files.values() if isinstance(data_files, dict) else data_files or ()
+    files = [file for entry in entries for file in all_files(entry)]
+    if not files:
         raise OptionError("data_files contains no file name.")
-    return first_file(entries[0])
+    return files
 
 
 def _builder_for(data_files: Any) -> str:

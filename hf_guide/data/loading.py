@@ -38,11 +38,18 @@ def load_splits(options: DataArguments) -> tuple[Dataset, Dataset | None]:
         OptionError: There is no such split or configuration, or there are too few examples to hold any out.
         OSError: There is no such dataset or file.
     """
+    return load_named_splits(options)[:2]
+
+
+def load_named_splits(options: DataArguments) -> tuple[Dataset, Dataset | None, str | None]:
+    """Return the splits of `load_splits`, and the name of the one for evaluation for a model card."""
     splits = _load_dataset(options)
     train = _select_split(splits, options.dataset_train_split, options)
     held_out: Dataset | None = None
+    name: str | None = None
     if options.dataset_test_split is not None or "validation" in splits:
-        held_out = _select_split(splits, options.dataset_test_split or "validation", options)
+        split = options.dataset_test_split or "validation"
+        held_out, name = _select_split(splits, split, options), options.name_of(split)
     elif options.validation_split_percentage > 0:
         fraction = options.validation_split_percentage / 100
         if round(len(train) * fraction) < 1:
@@ -52,8 +59,9 @@ def load_splits(options: DataArguments) -> tuple[Dataset, Dataset | None]:
             )
         parts = train.train_test_split(test_size=fraction, seed=options.validation_split_seed)
         train, held_out = parts["train"], parts["test"]
+        name = f"{options.name_of(options.dataset_train_split)}, {options.validation_split_percentage:g}% held out"
     train = _truncate(train, options.max_train_samples)
-    return train, None if held_out is None else _truncate(held_out, options.max_eval_samples)
+    return train, None if held_out is None else _truncate(held_out, options.max_eval_samples), name
 
 
 def _load_dataset(options: DataArguments) -> DatasetDict:

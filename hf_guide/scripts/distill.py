@@ -22,7 +22,7 @@ from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
 from hf_guide.data.arguments import DataArguments, ModelArguments
 from hf_guide.data.chat import set_chat_template
 from hf_guide.data.class_labels import student_labels, value_kind
-from hf_guide.data.loading import find_column, load_splits
+from hf_guide.data.loading import find_column, load_named_splits
 from hf_guide.data.preprocessing import ProcessedData, preprocess
 from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments, validate_arguments
 from hf_guide.distillation.checkpoints import has_checkpoints, validate_checkpoint
@@ -100,7 +100,7 @@ def _distill(config: DistillConfig) -> dict[str, float]:
     transformers.set_seed(args.seed)
     checkpoints = _inspect_checkpoints(models, args)
     _check_generation(checkpoints.task, args, data)
-    train, held_out = load_splits(data)
+    train, held_out, evaluated_on = load_named_splits(data)
     labels, label_kind = _labels_of(checkpoints, models, train, data)
     student = _init_with_own_vocabulary(checkpoints, args, train)
     processing_class = attached_tokenizer(student) or _load_processing_class(checkpoints, models, args)
@@ -125,7 +125,7 @@ def _distill(config: DistillConfig) -> dict[str, float]:
         student, args, processed, processing_class, metrics, checkpoints.task, _make_peft_config(models)
     )
     _set_generation_language(trainer, data)
-    return _train_and_save(trainer, data)
+    return _train_and_save(trainer, data, evaluated_on)
 
 
 @dataclass(frozen=True)
@@ -262,7 +262,7 @@ def _set_generation_language(trainer: Any, data: DataArguments) -> None:
 
 
 def _train_and_save(
-    trainer: "DistillationTrainer | Seq2SeqDistillationTrainer", data: DataArguments
+    trainer: "DistillationTrainer | Seq2SeqDistillationTrainer", data: DataArguments, evaluated_on: str | None
 ) -> dict[str, float]:
     args = trainer.args
     resume: Any = args.resume_from_checkpoint
@@ -277,7 +277,7 @@ def _train_and_save(
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    card_values: dict[str, Any] = {"dataset": data.name} | ({} if data.is_local else {"dataset_tags": data.name})
+    card_values: dict[str, Any] = {"dataset": evaluated_on} | ({} if data.is_local else {"dataset_tags": data.name})
     if args.push_to_hub:
         trainer.push_to_hub(**card_values)
     else:

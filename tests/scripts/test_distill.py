@@ -12,13 +12,14 @@ import pytest
 import torch
 import transformers
 import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, EvalPrediction, LlamaConfig, LlamaForCausalLM
 
 from hf_guide import InitializationConfig, OptionError, capture_teacher
 from hf_guide.cli import distill as distill_command
 from hf_guide.cli.main import main
 from hf_guide.data.arguments import DataArguments
-from hf_guide.data.loading import load_splits
+from hf_guide.data.loading import load_named_splits, load_splits
 from hf_guide.data.preprocessing import preprocess
 from hf_guide.distillation.losses import registry as losses
 from hf_guide.initialization.student_config import derive_student_config
@@ -337,6 +338,49 @@ def test_what_is_held_out_depends_on_its_seed_alone_and_none_of_it_is_trained_on
         data_files=str(tmp_path / "text.txt"), validation_split_percentage=20, validation_split_seed=1
     )
     assert load_splits(other)[1]["text"][:] != held_out[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "expected"),
+    [
+        ({"train": "a", "validation": "b"}, {}, "b.txt"),
+        ({"validation": "b", "train": "a"}, {}, "b.txt"),
+        ({"train": "a", "validation": ["b", "c"]}, {}, "b.txt and 1 more"),
+        ({"train": "a", "validation": "b", "test": "c"}, {"dataset_test_split": "test"}, "c.txt"),
+        ({"train": "a", "test": "c"}, {"dataset_test_split": "test[:50%]"}, "c.txt (test[:50%])"),
+        ({"train": "a"}, {"validation_split_percentage": 20}, "a.txt, 20% held out"),
+        (["a", "b"], {"validation_split_percentage": 20}, "a.txt and 1 more (train), 20% held out"),
+        ("a", {"dataset_test_split": "train[50%:]"}, "a.txt (train[50%:])"),
+        (None, {}, "saved (validation)"),
+        ("a", {"validation_split_percentage": 0}, None),
+    ],
+)
+def test_the_name_of_the_evaluation_data_is_that_of_their_file_or_split(tmp_path, files, options, expected):
+    paths = {name: str(tmp_path / f"{name}.txt") for name in "abc"}
+    for name, path in paths.items():
+        Path(path).write_text("\n".join(f"{name} {number}" for number in range(10)))
+
+    def located(names):
+        if isinstance(names, str):
+            return paths[names]
+        each = {split: located(part) for split, part in names.items()} if isinstance(names, dict) else None
+        return each or [located(name) for name in names]
+
+    if files is None:
+        both = {"train": paths["a"], "validation": paths["b"]}
+        datasets.load_dataset("text", data_files=both).save_to_disk(tmp_path / "saved")
+    source = {"dataset_name": str(tmp_path / "saved")} if files is None else {"data_files": located(files)}
+    _, held_out, name = load_named_splits(DataArguments(**source, **options))
+    assert name == expected and (held_out is None) == (expected is None)
+
+
+def test_the_card_names_the_file_that_was_evaluated(teacher, tmp_path):
+    files = {name: str(local.write_text(tmp_path / f"{name}.txt")) for name in ("train", "validation")}
+    entries = {"teacher": teacher, "student_init_kwargs": SMALLER["llama"], "data_files": files, "max_steps": 1}
+    distill(read_config(written(tmp_path, **entries)))
+    card = ModelCard.load(tmp_path / "student" / "README.md")
+    assert {each.dataset_name for each in card.data.eval_results} == {"validation.txt"}
+    assert "validation.txt" in card.text and "train.txt" not in card.text and str(tmp_path) not in card.content
 
 
 def test_splits_and_slices_are_found_by_name_in_files_and_in_saved_datasets(tmp_path):
