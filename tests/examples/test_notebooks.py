@@ -62,3 +62,6 @@ def test_a_notebook_runs(path, tmp_path, monkeypatch):
     finally:  # the client leaves alone a kernel that it was given
         run_sync(kernels.shutdown_kernel)(now=True)
     assert (tmp_path / "student" / "config.json").is_file()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    assert "is deprecated; use" not in printed  # a name of an earlier release
