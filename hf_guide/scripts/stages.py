@@ -14,14 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.data.arguments import DataArguments, ModelArguments
 from hf_guide.distillation.arguments import Seq2SeqDistillationArguments
 from hf_guide.errors import OptionError, ShapeError
 from hf_guide.initialization.size_checks import check_requested_sizes, is_size
-from hf_guide.initialization.student_config import derive_student_config
+from hf_guide.initialization.student_config import derive_student_config, is_head_size
 from hf_guide.modeling import FROM_TEACHER_PARAMETERS
+from hf_guide.models.model_classes import meta_model
+from hf_guide.models.pretrained import unreadable_as
+from hf_guide.shapes.budget import TOLERANCE, Budget
+from hf_guide.shapes.vocabulary_search import AUTO
 from hf_guide.utils.checksums import read_json, write_json
 from hf_guide.utils.deprecation import renamed_options_of
 from hf_guide.utils.distributed import barrier
@@ -38,6 +43,9 @@ _OF_ALL_STAGES = frozenset(
 
 _OF_FIRST_STAGE = frozenset(("teacher", "tokenizer", "vocab_size"))
 """Entries of `student_init_kwargs` that only the first stage can have."""
+
+_UNCOUNTED = frozenset(("tokenizer", "num_labels", "id2label", "num_subclasses"))
+"""Entries of `student_init_kwargs` by which a student may have more parameters than a model of its config's sizes."""
 
 _RECORDED = tuple(
     "losses loss_options temperature kd_loss_type beta max_steps num_train_epochs learning_rate lr_scheduler_type "
@@ -123,8 +131,9 @@ def as_stages(stages: Sequence[DistillConfig]) -> tuple[DistillConfig, ...]:
 def check_stages(stages: Sequence[DistillConfig], teacher: PreTrainedConfig | None) -> None:
     """Check, before the first stage runs, that no stage makes the student larger than the one before it.
 
-    `teacher` is the config of the model that the first student is made of. The sizes of a stage by a budget
-    (`num_parameters`, ...) are not known before it runs, and are checked then.
+    `teacher` is the config of the model that the first student is made of. The sizes that follow from a budget
+    (`num_parameters`, ...) are not known before the stage runs: here the student before is at most as large as the budget, and
+    has at most the teacher's sizes.
 
     Raises:
         OptionError, ShapeError: Names the stage; or a checkpoint to resume from, of which each stage has its own.
@@ -135,15 +144,25 @@ def check_stages(stages: Sequence[DistillConfig], teacher: PreTrainedConfig | No
             f"resume_from_checkpoint must be true with stages, each of which has checkpoints of its own; found {resume!r}."
         )
     config = teacher
+    is_counted = not any(_UNCOUNTED & {*(stage.training.student_init_kwargs or {})} for stage in stages)
+    is_exact, most = True, dict[str, int]()
     for number, stage in enumerate(stages, 1):
         kwargs: dict[str, Any] = stage.training.student_init_kwargs  # type: ignore[assignment]  # parsed by now
         sizes = {name: value for name, value in kwargs.items() if name not in (*FROM_TEACHER_PARAMETERS, "teacher")}
+        if sizes.get("vocab_size") == AUTO:
+            del sizes["vocab_size"]
         if config is None:
             return  # there is no teacher, which is an error of its own
         try:
             check_requested_sizes(config, sizes)
             _check_not_larger(config, sizes)
+            before = _with_limit(most, _num_parameters(config) if is_counted else None)
             config = derive_student_config(config, sizes, keywords=FROM_TEACHER_PARAMETERS)
+            count = _num_parameters(config) if is_counted else None
+            most = _with_limit(before, count)
+            is_fixed = kwargs.get("vocab_size") != AUTO and _has_every_size(config, sizes)
+            is_exact = _check_budget(kwargs, before, most, count if is_fixed else None, is_exact=is_exact)
+            is_exact = is_exact and kwargs.get("vocab_size") != AUTO
         except (OptionError, ShapeError) as error:
             raise type(error)(f"Stage {number}: {error}") from error
 
@@ -155,6 +174,71 @@ def _check_not_larger(before: PreTrainedConfig, sizes: Mapping[str, Any]) -> Non
             raise ShapeError(
                 f"{name} is {size}, and {earlier} in the student before: a stage must not make the student larger."
             )
+
+
+def _has_every_size(config: PreTrainedConfig, sizes: Mapping[str, Any]) -> bool:
+    """Return whether sizes leave a budget none to choose: the size of a head is the teacher's."""
+    requested = {config.attribute_map.get(name, name) for name in sizes}
+    return all(
+        name in requested
+        for name, value in vars(config).items()
+        if is_size(name) and not is_head_size(name) and isinstance(value, int)
+    )
+
+
+def _check_budget(
+    kwargs: Mapping[str, Any], before: Mapping[str, int], most: dict[str, int], fixed: int | None, *, is_exact: bool
+) -> bool:
+    """Check a stage's budget, and lower the limits to it; return whether the student's number of parameters is known.
+
+    Args:
+        kwargs: Arguments of the stage's `from_teacher`.
+        before: By the budget's names, what the student before has at most; without those that are not known.
+        most: The same of the stage's student, as its sizes limit it.
+        fixed: How many parameters a student of its sizes has, where these are all given.
+        is_exact: Whether the student before has just as many parameters, of which a share is compared with the sizes.
+
+    Raises:
+        OptionError: It does not parse.
+        ShapeError: It is above what the student can have, or below what its sizes take.
+    """
+    options = {name: kwargs.get(name) for name in ("num_parameters", "active_parameters", "memory", "cache_length")}
+    budget = Budget.parse(**options, teacher_parameters=before.get("num_parameters", 1))
+    if budget is None:
+        return is_exact
+    for name in ("num_parameters", "active_parameters"):
+        count, is_share = getattr(budget, name), str(options[name]).strip().endswith("%")
+        if count is None or (is_share and "num_parameters" not in before):
+            continue
+        limit = most.get(name, most.get("num_parameters", count))
+        if count > limit * (1 + TOLERANCE) and (is_exact or not is_share):
+            larger = count > before.get(name, before.get("num_parameters", count)) * (1 + TOLERANCE)
+            reason = "a stage must not make the student larger" if larger else "leave out the budget, or some sizes"
+            whose = "the student before has" if larger else "a student of these sizes has"
+            raise ShapeError(f"{name} is {options[name]!r}, {count:,}, and {whose} at most {limit:,}: {reason}.")
+        if name == "num_parameters" and fixed is not None and count < fixed * (1 - TOLERANCE):
+            raise ShapeError(
+                f"{name} is {options[name]!r}, {count:,}{' at most' if is_share and not is_exact else ''}, and a student of "
+                f"these sizes has {fixed:,}: leave out the budget, or some sizes."
+            )
+        most[name] = min(count, limit)
+    return False
+
+
+def _with_limit(most: Mapping[str, int], parameters: int | None) -> dict[str, int]:
+    """Return limits of which that of all parameters is at most `parameters`, where these are known."""
+    if parameters is None:
+        return dict(most)
+    return {**most, "num_parameters": min(parameters, most.get("num_parameters", parameters))}
+
+
+def _num_parameters(config: PreTrainedConfig) -> int | None:
+    """Return the number of parameters of a stock model; None for others."""
+    model_class = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+        return None
+    with unreadable_as(ShapeError, f"{model_class.__name__} cannot be built from the config of a stage"):
+        return meta_model(model_class, config).num_parameters()
 
 
 def run_stages(stages: Sequence[DistillConfig], run: Callable[[DistillConfig], dict[str, float]]) -> dict[str, float]:

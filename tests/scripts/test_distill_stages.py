@@ -11,18 +11,27 @@ import datasets
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, TrainerCallback
+from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
 
 from hf_guide import DistillationMixin, InitializationReport, OptionError, from_teacher
 from hf_guide.cli.distill import describe_checkpoints
 from hf_guide.errors import HfGuideError
 from hf_guide.models.layer_mapping import resolve_layer_mapping
 from hf_guide.scripts.distill import distill, read_config
+from hf_guide.scripts.stages import check_stages
 from tests.examples.local import QUICK, make_model, write_text
 from tests.tiny import KINDS, run_python
 
 DEPTH: dict[str, Any] = {"student_init_kwargs": {"num_hidden_layers": 2}, "max_steps": 2}
 WIDTH: dict[str, Any] = {"student_init_kwargs": {"hidden_size": 16, "intermediate_size": 32}, "max_steps": 3}
+
+ALL_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+ALL_SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def cut(**kwargs: Any) -> dict[str, Any]:
+    """Return a stage of one step."""
+    return {"student_init_kwargs": kwargs, "max_steps": 1}
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +157,30 @@ def test_stages_read_the_first_teachers_signals_from_a_cache(teacher: Path, tmp_
             {},
             "Stage 2: hidden_size is 24, and 16 in the student before",
         ),
+        (
+            [cut(num_parameters="50%"), cut(num_parameters="60K")],
+            {},
+            "Stage 2: num_parameters is '60K', 60,000, and the student before has at most .*must not make the student larger",
+        ),
+        (
+            [cut(num_parameters=20_000), cut(num_parameters=20_500)],
+            {},
+            "Stage 2: num_parameters is 20500.*at most 20,000",
+        ),
+        ([cut(num_parameters="50%"), cut(), cut(num_parameters="60K")], {}, "Stage 3: num_parameters is '60K'"),
+        ([DEPTH, cut(num_parameters="200%")], {}, "Stage 2: num_parameters must be above 0 % and at most 100 %"),
+        ([DEPTH, cut(num_parameters="some")], {}, "Stage 2: num_parameters must be a whole number"),
+        ([DEPTH, cut(cache_length=16)], {}, "Stage 2: cache_length is of use only with memory"),
+        (
+            [DEPTH, cut(num_parameters="90%", hidden_size=16, intermediate_size=16, num_hidden_layers=1)],
+            {},
+            "Stage 2: num_parameters is '90%'.*a student of these sizes has at most",
+        ),
+        (
+            [cut(num_parameters="50%"), cut(num_parameters="10%", **ALL_SIZES)],
+            {},
+            "Stage 2: num_parameters is '10%'.*a student of these sizes has .*leave out the budget, or some sizes",
+        ),
         ([DEPTH, {"student_init_kwargs": {"hidden_sise": 24}}], {}, "Stage 2: .*hidden_size"),
         ([DEPTH, {"student_init_kwargs": {"vocab_size": 24}}], {}, "Stage 2 sets .'vocab_size'.*first stage"),
         ([DEPTH, WIDTH], {"resume_from_checkpoint": "checkpoint-1"}, "must be true with stages"),
@@ -161,6 +194,23 @@ def test_wrong_stages_are_an_error_before_anything_runs(
     with pytest.raises(HfGuideError, match=message):
         distill(read_config(write(tmp_path, teacher, stages=stages, **options)))
     assert not (tmp_path / "student").exists()
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [cut(memory="60KB"), cut(num_parameters="90%", hidden_size=16)],  # 90 % of a student that is not counted yet
+        [cut(num_parameters="50%"), cut(num_parameters="50%"), cut(num_parameters="50%")],
+        [cut(num_parameters=20_000), cut(num_parameters=20_000)],
+        [cut(num_parameters="100%", tokenizer="of more tokens"), cut(num_parameters="900K")],
+        [cut(vocab_size="auto", num_parameters="50%"), cut(num_parameters="50%")],
+    ],
+)
+def test_budgets_that_may_be_reached_are_no_error_before_the_first_stage(
+    teacher: Path, tmp_path: Path, stages: Any
+) -> None:
+    config = read_config(write(tmp_path, teacher, stages=stages))
+    check_stages(config.stages, AutoConfig.from_pretrained(teacher))
 
 
 def test_hidden_states_are_compared_with_the_first_teachers_blocks() -> None:
