@@ -24,7 +24,13 @@ from hf_guide.models.code_references import (
     has_code_references,
     local_code_references,
 )
-from hf_guide.models.model_files import NAMED_CHAT_TEMPLATES, PROCESSOR_FILES, check_model_folder, regular_files
+from hf_guide.models.model_files import (
+    NAMED_CHAT_TEMPLATES,
+    PROCESSOR_FILES,
+    check_model_folder,
+    no_such_folder,
+    regular_files,
+)
 from hf_guide.models.sentence_files import MODEL_CONFIG_NAME, MODULES_NAME
 from hf_guide.teachers.shards import find_safetensors, read_headers
 from hf_guide.utils.fingerprint import tensors_fingerprint
@@ -219,7 +225,7 @@ def check_tokenizer_files(
         return
     hub_kwargs: dict[str, Any] = {"revision": revision, "token": token}
     for name in ("tokenizer.json", *CONFIG_FILES):
-        with unreadable_as(TeacherError, f"{name} of {teacher} cannot be read"):
+        with unreadable_as(TeacherError, f"{name} of {teacher} cannot be read{no_such_folder(teacher)}"):
             path = cached_file(teacher, name, _raise_exceptions_for_missing_entries=False, **hub_kwargs)
             if path is not None and not isinstance(json.loads(Path(path).read_text(encoding="utf-8")), dict):
                 raise TeacherError(f"{name} of {teacher} must be a JSON mapping. Download it again.")

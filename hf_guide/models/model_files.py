@@ -85,14 +85,24 @@ def regular_files(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return list(files)
 
 
+def no_such_folder(name: str) -> str:
+    """Return what an error about a model that is neither a folder nor on the Hub adds to its first clause.
+
+    Example:
+        >>> no_such_folder("/no/such/folder"), no_such_folder(os.getcwd())
+        (': there is no such folder, and as a Hub id', '')
+    """
+    return "" if os.path.exists(name) else ": there is no such folder, and as a Hub id"
+
+
 def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = WEIGHTS_AND_CONFIGS) -> None:
     """Check that no file of a model in a folder is a link out of it, and that no index names files outside of it.
 
     A Hub id is not checked: the Hub's client keeps its files together.
 
     Raises:
-        TeacherError: a file is outside of the folder; or the name is that of a file, of no folder and no Hub id, or
-            begins with '~', which only a shell expands.
+        TeacherError: a file is outside of the folder; or the name is that of a file, or begins with '~', which only a shell
+            expands.
     """
     folder = Path(name)
     if folder.parts[:1] == ("~",) and not folder.exists():
@@ -102,8 +112,6 @@ def check_model_folder(name: str | os.PathLike[str], patterns: Sequence[str] = W
     if folder.is_file():
         gguf = f", with gguf_file={folder.name!r}" if folder.suffix == ".gguf" else ""
         raise TeacherError(f"{name} is a file; pass its folder{gguf}.")
-    if not folder.exists() and (folder.is_absolute() or os.fspath(name).startswith(".")):
-        raise TeacherError(f"{name} cannot be read: there is no such folder.")
     if not folder.is_dir():
         return
     for path in [*folder.iterdir(), *folder.glob(NAMED_CHAT_TEMPLATES)]:

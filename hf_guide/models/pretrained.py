@@ -19,7 +19,7 @@ from transformers.utils import cached_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from hf_guide.errors import HfGuideError, TeacherError, one_paragraph
-from hf_guide.models.model_files import NAMED_CHAT_TEMPLATES, PROCESSOR_FILES, check_model_folder
+from hf_guide.models.model_files import NAMED_CHAT_TEMPLATES, PROCESSOR_FILES, check_model_folder, no_such_folder
 
 LOADING_ERRORS = (
     OSError,
@@ -91,8 +91,7 @@ def load_config(
     """
     source = {**(hub or {}), **({"gguf_file": gguf_file} if gguf_file else {})}
     check_model_folder(name)
-    missing = "" if os.path.exists(name) else ": there is no such folder, and as a Hub id"
-    with unreadable_as(TeacherError, f"{what or f'The config of {name} cannot be read'}{missing}"):
+    with unreadable_as(TeacherError, f"{what or f'The config of {name} cannot be read'}{no_such_folder(name)}"):
         values, _ = PreTrainedConfig.get_config_dict(name, **source)
         if not isinstance(values, dict):
             raise TeacherError(f"The config of {name} cannot be read: it must be a mapping, found {values!r}.")

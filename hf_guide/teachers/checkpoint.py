@@ -28,7 +28,7 @@ from hf_guide.models.model_classes import (
     stored_quantization,
     without_quantization_config,
 )
-from hf_guide.models.model_files import check_model_folder
+from hf_guide.models.model_files import check_model_folder, no_such_folder
 from hf_guide.models.pretrained import find_tokenizer, load_config, unreadable_as
 from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.teachers.loading import check_is_teacher, load_complete_model, missing_parameters_error
@@ -103,8 +103,7 @@ def open_teacher(
     check_model_folder(name)
     if os.path.isdir(name) and not os.path.isdir(os.path.join(name, subfolder)):
         raise TeacherError(f"{name} has no folder {subfolder!r}: subfolder must name one in it.")
-    missing = "" if os.path.exists(name) else ": there is no such folder, and as a Hub id"
-    with unreadable_as(TeacherError, f"{name} cannot be read{missing}"):
+    with unreadable_as(TeacherError, f"{name} cannot be read{no_such_folder(name)}"):
         adapter = None if gguf_file else find_adapter_config_file(name, **hub)
         known = cached_file(name, gguf_file or CONFIG_NAME, _raise_exceptions_for_missing_entries=False, **hub)
     if adapter is not None:

@@ -294,7 +294,7 @@ def test_a_file_that_is_no_mapping_is_an_error(tmp_path):
         ({"losses": "dkd"}, "dkd"),
         ({"losses": "lelp"}, "needs a subclass projector"),
         ({"processing_class_name_or_path": "EMPTY"}, "processing_class_name_or_path"),
-        ({"teacher": "/no/such/folder"}, "/no/such/folder cannot be read: there is no such folder"),
+        ({"teacher": "/no/such/folder"}, "The teacher /no/such/folder has no readable config"),
         ({"teacher_init_kwargs": {"dtyp": "bfloat16"}}, "teacher_init_kwargs=.'dtyp'.*dtyp"),
         ({"teacher_init_kwargs": {"dtype": "bfloat61"}}, "teacher_init_kwargs=.'dtype'.*bfloat61"),
         ({"resume_from_checkpoint": "/no/such/checkpoint"}, "no folder '/no/such/checkpoint'"),
