@@ -35,7 +35,8 @@ class ShapeCandidate:
             overrides that the search was given.
         parameters: Number of parameters, tied ones counted once; exact, with evenly spaced blocks where blocks differ in size.
         active_parameters: Those that a token passes in a mixture of experts; all of any other model.
-        memory: Bytes of the weights and of the key-value cache.
+        memory: Bytes of the weights and of the cache; of the weights alone where a cache cannot be measured and the
+            budget is not of memory.
         flops_per_token: Of a forward pass, 2 for each weight that a token passes; without attention's products of queries
             and keys, which grow with the context.
         rule_score: See `rule_scores`; lower is better, 0 is the teacher's own shape.

@@ -15,9 +15,9 @@ import numpy as np
 from transformers import PreTrainedConfig
 
 from hf_guide.errors import ShapeError
-from hf_guide.layouts.registry import Layout, config_sizes
 from hf_guide.models.positions import max_input_tokens
 from hf_guide.shapes.budget import TOLERANCE, Budget
+from hf_guide.shapes.cache import CacheMeter
 from hf_guide.shapes.counting import Cost, ParameterCounter
 from hf_guide.shapes.fields import SizeField, SizeFields, SizeRole
 
@@ -61,8 +61,7 @@ class ShapeEnumerator:
         fixed: The user's overrides under the config's own names; a role of which one is given is not varied.
         sizes: The size fields of the teacher's config with these overrides, for roles that are not varied.
         itemsize: Bytes of a weight.
-        cache_width: Numbers that the cache holds for a position, per key/value head and block; 0 of a model without one.
-        cache_length: Positions of the cache; of an encoder-decoder also those of the encoder, which cross-attention keeps.
+        cache: Measures the cache of a model.
         allows: Whether the family allows numbers of heads with the user's width.
     """
 
@@ -71,8 +70,7 @@ class ShapeEnumerator:
     fixed: Mapping[str, Any]
     sizes: Mapping[str, int]
     itemsize: int
-    cache_width: int
-    cache_length: int
+    cache: CacheMeter
     allows: Callable[[Mapping[str, int]], bool] = lambda heads: True
 
     def enumerate(self, budget: Budget) -> ShapeGrid:
@@ -238,16 +236,8 @@ class ShapeEnumerator:
     # What shapes use of the budget
 
     def memory(self, sizes: Mapping[str, np.ndarray], parameters: np.ndarray) -> np.ndarray:
-        """Return bytes of the weights, and of keys and values of every block for `cache_length` positions."""
-        return self.itemsize * parameters + self._cache_bytes(sizes)
-
-    def _cache_bytes(self, sizes: Mapping[str, np.ndarray]) -> np.ndarray:
-        heads = self.fields.main(SizeRole.KEY_VALUE_HEADS) or self.fields.main(SizeRole.HEADS)
-        decoders = [each for each in self.fields.of(SizeRole.DEPTH) if "encoder" not in each.name]
-        if not self.cache_width or heads is None:
-            return np.zeros(_length(sizes))
-        depth = sizes[decoders[-1].name] if decoders else np.ones(_length(sizes))
-        return self.itemsize * self.cache_length * self.cache_width * sizes[heads.name] * depth
+        """Return bytes of the weights, and of the cache that a budget of memory counts."""
+        return self.itemsize * parameters + self.counter.count_cache(sizes)
 
     def _used(self, sizes: Mapping[str, np.ndarray], budget: Budget) -> np.ndarray:
         """Return what shapes use of the budget's first entry."""
@@ -283,11 +273,10 @@ class ShapeEnumerator:
         least = {name: each[[smallest]] for name, each in bounds[0].items()}
         table = self.counter.count(least).lookups[0]
         tables = f", of which embedding tables are {table:,.0f} parameters" if table else ""
-        cached = self._cache_bytes(least)[0] if budget.memory is not None else 0
+        cached = self.counter.count_cache(least)[0] if budget.memory is not None else 0
+        positions = self.cache.positions + self.cache.encoder_positions
         if cached:
-            tables += (
-                f"{' and' if table else ', of which'} the cache of {self.cache_length:,} positions {cached:,.0f} bytes"
-            )
+            tables += f"{' and' if table else ', of which'} the cache of {positions:,} positions {cached:,.0f} bytes"
         several = (
             " No shape has both sizes at once: give one of them, or others."
             if len(self._targets(budget)) > 1
@@ -319,39 +308,8 @@ def fits_budget(budget: Budget, parameters: Any, active: Any, memory: Any) -> An
     return fits
 
 
-def cache_width(layout: Layout, config: Any, model_class: Any, *, required: bool) -> int:
-    """Return how many numbers the key-value cache holds for a position, per key/value head and block; 0 without a cache.
-
-    It is an upper bound: windows of attention, keys that heads share without a field for it (Falcon's `multi_query`) and
-    compressed caches (DeepSeek's) are not taken into account.
-
-    Args:
-        layout: Of the family.
-        config: The teacher's.
-        model_class: The student's.
-        required: Whether a budget depends on it; otherwise it is 0 too where the layout does not name heads, as Mamba's.
-
-    Raises:
-        ShapeError: It is required, and the layout does not name heads, or the model keeps recurrent states as well.
-    """
-    sizes = config_sizes(layout, config)
-    if not model_class.can_generate() or ("k_dim" not in sizes and not required):
-        return 0
-    if "k_dim" not in sizes or "head_dim" not in sizes:
-        raise ShapeError(
-            f"memory= needs the size of the key-value cache, which the layout of {layout.family!r} does not give: use "
-            "num_parameters= instead."
-        )
-    if required and model_class._is_stateful:
-        raise ShapeError(
-            f"memory= counts the key-value cache of every block, and {model_class.__name__} keeps recurrent states in some or "
-            "all of its blocks: use num_parameters= instead."
-        )
-    return sizes["k_dim"] + sizes["head_dim"]
-
-
-def cache_positions(budget: Budget, config: PreTrainedConfig) -> int:
-    """Return how many positions a student's cache is counted for; of an encoder-decoder those of both attentions.
+def cache_positions(budget: Budget, config: PreTrainedConfig) -> tuple[int, int]:
+    """Return how many positions a student's cache is counted for: of self-attention, and of cross-attention (0 without any).
 
     Cross-attention keeps the encoder's tokens: of sounds as many as the encoder has positions, since they are padded to them;
     of text as many as the decoder's, or fewer where the encoder has fewer positions.
@@ -360,10 +318,10 @@ def cache_positions(budget: Budget, config: PreTrainedConfig) -> int:
         OptionError: The budget's `cache_length` is more than the model has.
     """
     if not config.is_encoder_decoder:
-        return budget.num_cached(max_input_tokens(config))
+        return budget.num_cached(max_input_tokens(config)), 0
     decoder = budget.num_cached(max_input_tokens(config, target=True))
     of_sounds, of_text = getattr(config, "max_source_positions", None), max_input_tokens(config)
-    return decoder + (of_sounds or min(decoder, of_text or decoder))
+    return decoder, of_sounds or min(decoder, of_text or decoder)
 
 
 def _choices(size: int) -> list[int]:

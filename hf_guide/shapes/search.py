@@ -29,13 +29,13 @@ from hf_guide.initialization.student_shape import (
 )
 from hf_guide.methods.calibrated import CalibratedMethod
 from hf_guide.shapes.budget import Budget
+from hf_guide.shapes.cache import CacheMeter
 from hf_guide.shapes.candidates import ShapeCandidate, are_alike, rule_scores
 from hf_guide.shapes.counting import ParameterCounter, exact_cost
 from hf_guide.shapes.enumeration import (
     ShapeEnumerator,
     ShapeGrid,
     cache_positions,
-    cache_width,
     fits_budget,
     overrides_of,
 )
@@ -159,9 +159,9 @@ class ShapeSearch:
         names = {each.name for each in fields.fields}
         changes = {name: value for name, value in self._counted_changes.items() if name not in names}
         probe = ModelProbe(self.teacher, student_class, changes)
-        is_of_memory = self.budget.memory is not None
-        width = cache_width(self.setup.layout, self.teacher.config, student_class, required=is_of_memory)
-        counter = ParameterCounter(probe, fields)
+        positions = cache_positions(self.budget, derived) if student_class.can_generate() else (0, 0)
+        cache = CacheMeter(self.setup.dtype, *positions)
+        counter = ParameterCounter(probe, fields, None if self.budget.memory is None else cache)
         sizes = {name: size for name in names if isinstance(size := fixed.get(name, vars(derived).get(name)), int)}
         enumerator = ShapeEnumerator(
             fields,
@@ -169,8 +169,7 @@ class ShapeSearch:
             fixed,
             sizes,
             self.setup.dtype.itemsize,
-            width,
-            cache_positions(self.budget, derived) if width else 0,
+            cache,
             allows=lambda heads: probe.build({**self._coupled, **heads}) is not None,
         )
         grid = enumerator.enumerate(self.budget)
@@ -271,12 +270,17 @@ class ShapeSearch:
         model = build_on_meta(student_class, config, self.teacher)
         cost = exact_cost(model, config)
         sizes = {name: values[[index]] for name, values in grid.sizes.items()}
-        parameters = np.array([float(cost["parameters"])])
-        memory = int(enumerator.memory(sizes, parameters)[0])
+        try:
+            cached = enumerator.cache.num_bytes(model)
+        except ShapeError:
+            if self.budget.memory is not None:
+                raise
+            cached = 0  # stated for information alone
+        memory = enumerator.itemsize * cost["parameters"] + cached
         if not fits_budget(self.budget, cost["parameters"], cost["active_parameters"], memory):
             raise ShapeError(
-                f"It has {format_count(cost['parameters'])} parameters, because its blocks are of several kinds, or its "
-                "depths differ."
+                f"It has {format_count(cost['parameters'])} parameters and needs {memory:,} bytes, because its blocks are of "
+                "several kinds, or its depths differ."
             )
         if self.method.requires_layout and overrides.keys() not in planned:
             options = self.resolve(overrides, None).plan_options(self.setup.options)
@@ -383,8 +387,8 @@ def find_shapes(
             teacher's).
         active_parameters: Those that a token passes in a mixture of experts, likewise.
         memory: Bytes of the weights in the student's dtype and of the key-value cache, or a text such as "500MB" or "1.5GiB";
-            never exceeded. Of the cache it is an upper bound: windows of attention and caches that are compressed, or shared
-            by heads without a field for their number, take less.
+            never exceeded. The cache is measured: windows of attention, a compressed cache and recurrent states count as what
+            they take.
         cache_length: Positions of that cache; 2,048 by default, or as many as the model has if these are fewer.
         search_steps: With calibration data, for how many steps the best three are distilled on it by the running teacher's
             outputs, a calibration batch each; then the lowest loss is first. None compares them untrained.

@@ -2,14 +2,17 @@
 
 import numpy as np
 import pytest
+import torch
 import transformers
 
-from hf_guide import find_shapes
-from hf_guide.shapes.counting import ParameterCounter
+from hf_guide import find_shapes, from_teacher
+from hf_guide.initialization.size_checks import experts_per_token
+from hf_guide.shapes.cache import CacheMeter
+from hf_guide.shapes.counting import ParameterCounter, exact_cost
 from hf_guide.shapes.enumeration import ShapeEnumerator
 from hf_guide.shapes.fields import ModelProbe, SizeRole, find_size_fields
 from hf_guide.teachers.checkpoint import open_teacher
-from tests.invariants.case import Case, build
+from tests.invariants.case import Case, build, config_of
 from tests.invariants.cases import CASES
 from tests.shapes.test_families import REFUSED
 
@@ -35,7 +38,7 @@ def counted_and_built(model, fixed=(), sample=SAMPLE):
     fields = find_size_fields(probe)
     counter = ParameterCounter(probe, fields)
     fixed = dict(fixed)
-    grid = ShapeEnumerator(fields, counter, fixed, fixed, 4, 0, 0)._grid()
+    grid = ShapeEnumerator(fields, counter, fixed, fixed, 4, CacheMeter(torch.float32, 0, 0))._grid()
     kept = np.ones(len(next(iter(grid.values()))), dtype=bool)
     for each in fields.of(SizeRole.DEPTH):  # blocks of several kinds count as their average
         kept &= grid[each.name] == each.size
@@ -107,3 +110,48 @@ def test_position_embeddings_between_blocks_are_counted_with_the_depth():
         assert counter.count({name: np.array([float(size)]) for name, size in shape.items()}).parameters == [
             built[1].num_parameters()
         ]
+
+
+MIXTURES = [case for case in CASES if experts_per_token(config_of(case, case.big)) is not None]
+
+
+def by_hand(model, experts):
+    """Return the parameters that a token passes, with half of the experts used."""
+    parameters = dict(model.named_parameters())
+    of_experts = sum(each.numel() for name, each in parameters.items() if ".experts." in name)
+    per_token = experts_per_token(model.config)
+    return model.num_parameters() - of_experts * (experts - per_token) // experts
+
+
+@pytest.mark.parametrize("case", MIXTURES, ids=str)
+def test_a_token_passes_the_experts_that_it_is_routed_to(case: Case) -> None:
+    model = build(case, case.big)
+    active = exact_cost(model, model.config)["active_parameters"]
+    assert active == by_hand(model, 4) < model.num_parameters()
+
+
+def test_experts_of_a_family_without_a_registered_layout_are_counted_as_experts():
+    sizes = {
+        "hidden_size": 96,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    }
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 64,
+    }
+    linear = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 16}
+    config = transformers.Qwen3NextConfig(**SIZES | sizes | experts | linear, linear_value_head_dim=16)
+    teacher = transformers.Qwen3NextForCausalLM(config)
+    for shape in find_shapes(teacher, num_parameters="50%", limit=3, show_progress=False):
+        student = from_teacher(teacher, show_progress=False, **shape.overrides)
+        assert shape.active_parameters == by_hand(student, 4) < shape.parameters
+    opened = open_teacher(teacher)
+    probe = ModelProbe(opened, opened.model_class)
+    fields = find_size_fields(probe)
+    whole = {each.name: np.array([float(each.size)]) for each in fields.fields}
+    assert ParameterCounter(probe, fields).count(whole).active[0] == pytest.approx(by_hand(teacher, 4))
