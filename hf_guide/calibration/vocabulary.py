@@ -214,7 +214,7 @@ def change_vocabulary(
     Raises:
         OptionError: The dataset is not text, the overrides name token ids, or a config is given with a tokenizer.
         ShapeError: The model has several vocabularies.
-        VocabularyError: A slow tokenizer or one of another kind; the size is too small; or ids that cannot be translated.
+        VocabularyError: There is no tokenizer, a slow tokenizer or one of another kind; the size is too small; or ids that cannot be translated.
     """
     file = {} if gguf_file is None else {"gguf_file": gguf_file}
     if tokenizer is not None:
@@ -237,7 +237,7 @@ def change_vocabulary(
     if dataset is None or not isinstance(size, int) or not isinstance(teacher_size, int) or size >= teacher_size:
         return teacher, config, None
     tokenizer = own_tokenizer(teacher, **hub, **file)
-    if tokenizer is None or size > max(tokenizer.get_vocab().values()):
+    if tokenizer is not None and size > max(tokenizer.get_vocab().values()):
         return teacher, config, None
     check_one_vocabulary(teacher.config)
     named = sorted(filter(is_token_field, overrides))
@@ -277,7 +277,10 @@ def vocabulary_reducer(
     if tokenizer is None:
         tokenizer = own_tokenizer(teacher, **hub, **({} if gguf_file is None else {"gguf_file": gguf_file}))
     if tokenizer is None:
-        raise VocabularyError(f"The teacher {teacher.name} has no tokenizer, of which a vocabulary could be reduced.")
+        raise VocabularyError(
+            f"The teacher {teacher.name} has no tokenizer, of which a vocabulary could be reduced: leave vocab_size out, or "
+            "pass a folder or Hub id that has the teacher's tokenizer."
+        )
     if isinstance(dataset, (str, bytes, Mapping, Iterator)) or not isinstance(dataset, Iterable):
         found = repr(dataset) if dataset is None or isinstance(dataset, str) else f"a {type(dataset).__name__}"
         once = ", which is read once" if isinstance(dataset, Iterator) else ""

@@ -269,12 +269,14 @@ class InitializationMethod(abc.ABC):
         Raises:
             OptionError: Data for a method that uses none.
         """
-        for name, value in (
-            ("calibration_dataset", calibration_dataset),
-            ("calibration_cache_dir", calibration_cache_dir),
+        for name, value, other_use in (
+            ("calibration_dataset", calibration_dataset, ": it would only choose a vocab_size below the teacher's"),
+            ("calibration_cache_dir", calibration_cache_dir, ""),
         ):
             if value is not None:
-                raise OptionError(f"{name} is set, but method={self.config.method!r} uses no data; leave it out.")
+                raise OptionError(
+                    f"{name} is set, but method={self.config.method!r} uses no data{other_use}; leave it out."
+                )
 
     def plan_options(self) -> PlanOptions:
         """Return what a plan needs to know of the method; by default every axis and the blocks are selected evenly."""

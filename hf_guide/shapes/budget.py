@@ -105,6 +105,8 @@ def _parse_count(option: str, value: Any, whole: int) -> int | None:
     if value is None:
         return None
     example = "a whole number, or a text such as '23M', '1.5B' or '25%' (of the teacher's parameters)"
+    if isinstance(value, float) and not value.is_integer():
+        raise OptionError(f"{option} must be {example}; found {value!r}.{_as_percentage(value)}")
     if not isinstance(value, str):
         return check_integer(option, value)
     number, unit = _split_unit(option, value, example)
@@ -112,9 +114,15 @@ def _parse_count(option: str, value: Any, whole: int) -> int | None:
         if not 0 < number <= 100:
             raise OptionError(f"{option} must be above 0 % and at most 100 % of the teacher's; found {value!r}.")
         return max(1, round(number / 100 * whole))
-    if unit.upper() not in _COUNT_UNITS or number <= 0:
-        raise OptionError(f"{option} must be {example}; found {value!r}.")
-    return max(1, round(number * _COUNT_UNITS[unit.upper()]))
+    count = number * _COUNT_UNITS.get(unit.upper(), 0)
+    if count < 1 or not unit and not number.is_integer():
+        raise OptionError(f"{option} must be {example}; found {value!r}.{'' if unit else _as_percentage(number)}")
+    return round(count)
+
+
+def _as_percentage(share: float) -> str:
+    """Return how to write a share of the teacher's parameters; "" for what is none."""
+    return f" For that share of the teacher's parameters, write '{100 * share:g}%'." if 0 < share < 1 else ""
 
 
 def _parse_bytes(value: Any) -> int | None:
@@ -124,9 +132,10 @@ def _parse_bytes(value: Any) -> int | None:
         return check_integer("memory", value)
     example = "a number of bytes, or a text such as '500MB' or '1.5GiB'"
     number, unit = _split_unit("memory", value, example)
-    if unit.upper() not in _BYTE_UNITS or number <= 0:
+    size = number * _BYTE_UNITS.get(unit.upper(), 0)
+    if size < 1:
         raise OptionError(f"memory must be {example}; found {value!r}.")
-    return round(number * _BYTE_UNITS[unit.upper()])
+    return round(size)
 
 
 def _split_unit(option: str, value: str, example: str) -> tuple[float, str]:

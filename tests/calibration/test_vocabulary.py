@@ -16,6 +16,7 @@ from hf_guide.models.tokenizer_reduction import reduce_tokenizer, tokenizer_spec
 from hf_guide.shapes.scoring import CalibratedScorer
 from tests.sentence_folder import sentence_folder
 from tests.small_tokenizers import KINDS, TEXTS
+from tests.tiny import KINDS as TINY_KINDS
 from tests.tiny import run_python, same_bits
 
 CHOSEN = TEXTS[::2]
@@ -398,6 +399,21 @@ def test_padded_rows_alone_need_no_choice(llama):
 def test_what_cannot_choose_a_vocabulary_is_refused(llama, dataset, overrides, error, message):
     with pytest.raises(error, match=message):
         from_teacher(llama[2], calibration_dataset=dataset, show_progress=False, **overrides)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_parameters": "50%"}], ids=["sizes", "budget"])
+@pytest.mark.parametrize(
+    ("size", "error", "message"),
+    [
+        (80, VocabularyError, "has no tokenizer, of which a vocabulary could be reduced: leave vocab_size out"),
+        (97, OptionError, "uses no data: it would only choose a vocab_size below the teacher's; leave it out"),
+    ],
+)
+def test_a_size_that_no_text_can_choose_is_refused_by_its_reason(size, error, message, options):
+    teacher = TINY_KINDS["llama"].teacher()
+    options = {"method": "guide", "show_progress": False, **options}
+    with pytest.raises(error, match=message):
+        from_teacher(teacher, vocab_size=size, calibration_dataset=CHOSEN, **options)
 
 
 @pytest.mark.parametrize("size", [400.0, "400", True, "Auto"])

@@ -24,13 +24,22 @@ def test_memory_is_bytes_or_a_text_with_a_unit(text, number):
     assert parse(memory=text).num_cached(None) == 2048
 
 
-@pytest.mark.parametrize("value", ["23X", "many", "-5M", "0M", "0%", "120%", 0, 2.5, True, "", "1e6M"])
+@pytest.mark.parametrize(
+    "value", ["23X", "many", "-5M", "0M", "0%", "120%", 0, 2.5, True, "", "1e6M", "2.5", "0.0001K"]
+)
 def test_other_values_are_errors_that_name_the_option(value):
     with pytest.raises(OptionError, match="num_parameters must be"):
         parse(num_parameters=value)
 
 
-@pytest.mark.parametrize("value", ["500", "5%", "5M", "x", 0])
+@pytest.mark.parametrize(("value", "percentage"), [("0.25", "25%"), (0.25, "25%"), (" 0.015 ", "1.5%")])
+def test_a_fraction_is_refused_with_the_percentage_that_it_is(value, percentage):
+    for option in ("num_parameters", "active_parameters"):
+        with pytest.raises(OptionError, match=f"{option} must be .*; found .* write '{percentage}'"):
+            parse(**{option: value})
+
+
+@pytest.mark.parametrize("value", ["500", "5%", "5M", "x", 0, "0.0001KB"])
 def test_memory_without_a_unit_of_bytes_is_an_error(value):
     with pytest.raises(OptionError, match="memory must be"):
         parse(memory=value)
