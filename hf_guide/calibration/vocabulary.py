@@ -214,7 +214,8 @@ def change_vocabulary(
     Raises:
         OptionError: The dataset is not text, the overrides name token ids, or a config is given with a tokenizer.
         ShapeError: The model has several vocabularies.
-        VocabularyError: There is no tokenizer, a slow tokenizer or one of another kind; the size is too small; or ids that cannot be translated.
+        VocabularyError: There is no tokenizer, a slow one or one of another kind; the size is too small; or ids that cannot be
+            translated.
     """
     file = {} if gguf_file is None else {"gguf_file": gguf_file}
     if tokenizer is not None:

@@ -92,13 +92,17 @@ class Budget:
             )
         return self.cache_length
 
-    def __str__(self) -> str:
+    def entries(self) -> dict[str, int]:
+        """Return what is set, by its name; what the MLP is solved for is first."""
         entries = {
-            "num_parameters": self.num_parameters,
             "active_parameters": self.active_parameters,
+            "num_parameters": self.num_parameters,
             "memory": self.memory,
         }
-        return ", ".join(f"{name}={value:,}" for name, value in entries.items() if value is not None)
+        return {name: value for name, value in entries.items() if value is not None}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value:,}" for name, value in self.entries().items())
 
 
 def _parse_count(option: str, value: Any, whole: int) -> int | None:

@@ -5,6 +5,7 @@ below; the teacher's own size is always among them, and MLPs of any width are tr
 they keep the teacher's size, in groups as large as the teacher's, or smaller where the user's width or heads need it.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -63,6 +64,7 @@ class ShapeEnumerator:
         itemsize: Bytes of a weight.
         cache: Measures the cache of a model.
         allows: Whether the family allows numbers of heads with the user's width.
+        first_possible: Of shapes, in an order of their indices, the first that can be made; None where none can.
     """
 
     fields: SizeFields
@@ -72,26 +74,35 @@ class ShapeEnumerator:
     itemsize: int
     cache: CacheMeter
     allows: Callable[[Mapping[str, int]], bool] = lambda heads: True
+    first_possible: Callable[[Mapping[str, np.ndarray], np.ndarray], int | None] = lambda sizes, order: int(order[0])
 
     def enumerate(self, budget: Budget) -> ShapeGrid:
         """Return the shapes within `TOLERANCE` of the budget.
 
         Raises:
-            ShapeError: There are none; states the smallest and the largest student, or the nearest.
+            ShapeError: There are none; states the smallest and the largest student.
         """
-        sizes = self._grid()
+        grid = self._shapes(self._grid(), budget)
+        if not len(grid):
+            raise self.unreachable(budget)
+        return grid
+
+    def _shapes(self, sizes: dict[str, np.ndarray], budget: Budget) -> ShapeGrid:
+        """Return those of a grid within the budget, where the MLP is not fixed with the one that fills it."""
         mlp = self.fields.main(SizeRole.MLP)
         if mlp is None or self._is_fixed(SizeRole.MLP):
-            bounds, grid = [sizes], self._within(sizes, budget)
-        else:
-            steps = dict.fromkeys((size_step(mlp.size), 1))
-            least = min(size_step(mlp.size), mlp.size)
-            bounds = [self._with_mlp(sizes, np.full(_length(sizes), float(each)), 1) for each in (least, mlp.size)]
-            tried = (self._within(self._filled(sizes, mlp, budget, step), budget) for step in steps)
-            grid = next((each for each in tried if len(each)), self._within(bounds[-1], budget))
-        if not len(grid):
-            raise self._unreachable(bounds, budget)
-        return grid
+            return self._within(sizes, budget)
+        steps = dict.fromkeys((size_step(mlp.size), 1))
+        tried = (self._within(self._filled(sizes, mlp, budget, step), budget) for step in steps)
+        return next((each for each in tried if len(each)), self._within(self._bounds(sizes)[-1], budget))
+
+    def _bounds(self, sizes: dict[str, np.ndarray]) -> list[dict[str, np.ndarray]]:
+        """Return a grid with the narrowest MLP, and with the widest; once where the MLP is not varied."""
+        mlp = self.fields.main(SizeRole.MLP)
+        if mlp is None or self._is_fixed(SizeRole.MLP):
+            return [sizes]
+        widths = (min(size_step(mlp.size), mlp.size), mlp.size)
+        return [self._with_mlp(sizes, np.full(_length(sizes), float(each)), 1) for each in widths]
 
     def _filled(
         self, sizes: dict[str, np.ndarray], mlp: SizeField, budget: Budget, step: int
@@ -241,12 +252,13 @@ class ShapeEnumerator:
 
     def _used(self, sizes: Mapping[str, np.ndarray], budget: Budget) -> np.ndarray:
         """Return what shapes use of the budget's first entry."""
+        return self._used_of(next(iter(budget.entries())), sizes)
+
+    def _used_of(self, entry: str, sizes: Mapping[str, np.ndarray]) -> np.ndarray:
         cost = self.counter.count(sizes)
-        if budget.active_parameters is not None:
-            return cost.active
-        if budget.num_parameters is not None:
-            return cost.parameters
-        return self.memory(sizes, cost.parameters)
+        if entry == "memory":
+            return self.memory(sizes, cost.parameters)
+        return cost.active if entry == "active_parameters" else cost.parameters
 
     @staticmethod
     def _targets(budget: Budget) -> list[float]:
@@ -261,14 +273,28 @@ class ShapeEnumerator:
         kept = Cost(*(each[fits] for each in (cost.parameters, cost.active, cost.lookups, cost.tied_head)))
         return ShapeGrid({name: each[fits] for name, each in sizes.items()}, kept, memory[fits])
 
-    def _unreachable(self, bounds: "list[dict[str, np.ndarray]]", budget: Budget) -> ShapeError:
-        """Return the error of a budget that no shape uses within `TOLERANCE`."""
+    def unreachable(self, budget: Budget) -> ShapeError:
+        """Return the error of a budget within `TOLERANCE` of which no shape can be made."""
+        grid = self._grid()
+        entries = list(budget.entries())
+        for number in range(len(entries) - 1, 0, -1):
+            alone = dataclasses.replace(budget, **dict.fromkeys(entries[number:]))
+            shapes = self._shapes(grid, alone)
+            if len(shapes):
+                return self._contradiction(shapes, alone, entries[number], budget)
+        bounds = self._bounds(grid)
         used = [self._used(each, budget) for each in bounds]
-        smallest, largest = int(used[0].argmin()), int(used[-1].argmax())
-        low, high = used[0][smallest], used[-1][largest]
-        name = next(n for n in ("active_parameters", "num_parameters", "memory") if getattr(budget, n) is not None)
-        unit = " bytes" if name == "memory" else ""
         fixed = f" with {self._describe_fixed()}" if self.fixed else ""
+        smallest = self.first_possible(bounds[0], np.argsort(used[0], kind="stable"))
+        largest = self.first_possible(bounds[-1], np.argsort(-used[-1], kind="stable"))
+        if smallest is None or largest is None:
+            return ShapeError(
+                f"No student{fixed} is within {TOLERANCE:.0%} of {budget}, and none of those nearest to it in size that were "
+                f"tried can be made of this teacher: {'fix other sizes, or ' if self.fixed else ''}pass all sizes by name."
+            )
+        low, high = used[0][smallest], used[-1][largest]
+        name = entries[0]
+        unit = " bytes" if name == "memory" else ""
         small, large = (self._describe(bounds[i], at) for i, at in ((0, smallest), (-1, largest)))
         least = {name: each[[smallest]] for name, each in bounds[0].items()}
         table = self.counter.count(least).lookups[0]
@@ -277,16 +303,25 @@ class ShapeEnumerator:
         positions = self.cache.positions + self.cache.encoder_positions
         if cached:
             tables += f"{' and' if table else ', of which'} the cache of {positions:,} positions {cached:,.0f} bytes"
-        several = (
-            " No shape has both sizes at once: give one of them, or others."
-            if len(self._targets(budget)) > 1
-            else f" Sizes between these are too far apart{': fix fewer of them' if self.fixed else ''}."
+        between = (
+            f" Sizes between these are too far apart{': fix fewer of them' if self.fixed else ''}."
             if low <= self._targets(budget)[0] <= high
             else ""
         )
         return ShapeError(
             f"No student{fixed} is within {TOLERANCE:.0%} of {budget}. The smallest has {name} {low:,.0f}{unit} "
-            f"({small}{tables}), the largest {high:,.0f}{unit} ({large}).{several}"
+            f"({small}{tables}), the largest {high:,.0f}{unit} ({large}).{between}"
+        )
+
+    def _contradiction(self, shapes: ShapeGrid, alone: Budget, entry: str, budget: Budget) -> ShapeError:
+        """Return the error of a budget of several entries, of which shapes have the first, `alone`, but not `entry`."""
+        used = self._used_of(entry, shapes.sizes)
+        found = [self.first_possible(shapes.sizes, np.argsort(each, kind="stable")) for each in (used, -used)]
+        ends = [used[each] for each in found if each is not None]
+        reached = f" Those of {alone} have {entry} from {ends[0]:,.0f} to {ends[-1]:,.0f}." if ends else ""
+        fixed = f" with {self._describe_fixed()}" if self.fixed else ""
+        return ShapeError(
+            f"No student{fixed} is within {TOLERANCE:.0%} of {budget} at once.{reached} Leave one out, or choose others."
         )
 
     def _describe_fixed(self) -> str:
@@ -334,12 +369,14 @@ def _length(sizes: Mapping[str, np.ndarray]) -> int:
     return len(next(iter(sizes.values())))
 
 
-def overrides_of(grid: ShapeGrid, index: int, fields: SizeFields, fixed: Mapping[str, Any]) -> dict[str, int]:
+def overrides_of(
+    sizes: Mapping[str, np.ndarray], index: int, fields: SizeFields, fixed: Mapping[str, Any]
+) -> dict[str, int]:
     """Return the overrides of the config that make one shape: what differs from the teacher's, without the user's own."""
     teacher: dict[str, SizeField] = {each.name: each for each in fields.fields}
     overrides = {
         name: int(values[index])
-        for name, values in grid.sizes.items()
+        for name, values in sizes.items()
         if name not in fixed and (int(values[index]) != teacher[name].size or name in fields.kept)
     }
     return {**{name: size for name, size in fields.kept.items() if name not in fixed}, **overrides}

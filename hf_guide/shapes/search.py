@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_guide.calibration.vocabulary import ReducedVocabulary, change_vocabulary, vocabulary_reducer
 from hf_guide.errors import HfGuideError, OptionError, ShapeError
+from hf_guide.initialization.build import build_student
 from hf_guide.initialization.config import InitializationConfig
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup, make_method
 from hf_guide.initialization.report import format_count
@@ -27,6 +28,7 @@ from hf_guide.initialization.student_shape import (
     resolve_student,
     vocab_row_indices,
 )
+from hf_guide.initialization.trial_forward import check_forward
 from hf_guide.methods.calibrated import CalibratedMethod
 from hf_guide.shapes.budget import Budget
 from hf_guide.shapes.cache import CacheMeter
@@ -56,7 +58,7 @@ DEFAULT_LIMIT = 12
 """How many shapes are listed, and get a quick start where there is calibration data."""
 
 MAX_TRIED = 5
-"""Times `limit`, how many shapes are counted exactly at most."""
+"""Times `limit`, of at least `DEFAULT_LIMIT`, how many shapes are counted exactly at most."""
 
 COUPLED_ROLES = (SizeRole.WIDTH, SizeRole.HEADS, SizeRole.KEY_VALUE_HEADS)
 """Roles of which a family may only allow some sizes together."""
@@ -171,6 +173,7 @@ class ShapeSearch:
             self.setup.dtype.itemsize,
             cache,
             allows=lambda heads: probe.build({**self._coupled, **heads}) is not None,
+            first_possible=lambda sizes, order: self._first_possible(sizes, order, probe),
         )
         grid = enumerator.enumerate(self.budget)
         return self._best_unlike(enumerator, grid, probe)
@@ -193,43 +196,77 @@ class ShapeSearch:
         skipped, tried = np.zeros(len(grid), dtype=bool), 0
         found: list[ShapeCandidate] = []
         planned: list[Collection[str]] = []
-        rejection = "The family allows none of their widths with their numbers of heads."
-        names = [each.name for role in COUPLED_ROLES for each in fields.of(role)]
-        for index in map(int, np.argsort(scores, kind="stable")):
-            if len(found) == self.limit or tried == MAX_TRIED * self.limit:
+        rejection: HfGuideError | None = None
+        for index in self._allowed(grid.sizes, np.argsort(scores, kind="stable"), probe):
+            if len(found) == self.limit or tried == MAX_TRIED * max(self.limit, DEFAULT_LIMIT):
                 break
             if skipped[index]:
                 continue
-            if not self._is_valid(enumerator, grid, index, names, probe):
-                same = [grid.sizes[name] == grid.sizes[name][index] for name in names]
-                skipped |= np.logical_and.reduce(same)
-                continue
             tried += 1
             try:
-                found.append(self._count(enumerator, grid, index, float(scores[index]), probe.model_class, planned))
+                candidate, config = self._count(
+                    enumerator, grid, index, float(scores[index]), probe.model_class, planned
+                )
             except HfGuideError as error:
-                rejection = f"The last one that was tried: {error}"
+                rejection = error
                 continue
-            skipped |= are_alike(grid.sizes, index)
-        if not found:
-            raise ShapeError(
-                f"None of the {len(grid)} shapes of {self.budget} can be made of this teacher. {rejection} State "
-                "num_hidden_layers too, or all sizes."
-            )
-        return found
+            skipped |= are_alike(grid.sizes, index)  # where it cannot run, neither can those like it
+            try:
+                self._check_runs(probe.model_class, config)
+            except HfGuideError as error:
+                rejection = error
+                continue
+            found.append(candidate)
+        if found:
+            return found
+        if rejection is None:
+            raise enumerator.unreachable(self.budget)
+        raise ShapeError(
+            f"None of the {len(grid)} shapes of {self.budget} can be made of this teacher. The last one that was tried: "
+            f"{rejection} Choose another budget, or pass all sizes by name."
+        )
 
-    def _is_valid(
-        self, enumerator: ShapeEnumerator, grid: ShapeGrid, index: int, names: list[str], probe: ModelProbe
-    ) -> bool:
+    def _allowed(self, sizes: Mapping[str, np.ndarray], order: np.ndarray, probe: ModelProbe) -> Iterator[int]:
+        """Yield the indices of the shapes whose width the family allows with their heads, in the order that is given."""
+        names = [each.name for role in COUPLED_ROLES for each in self.size_fields.of(role)]
+        known: dict[tuple[float, ...], bool] = {}
+        for index in map(int, order):
+            key = tuple(float(sizes[name][index]) for name in names)
+            if key not in known:
+                known[key] = self._is_valid(sizes, index, names, probe)
+            if known[key]:
+                yield index
+
+    def _first_possible(self, sizes: Mapping[str, np.ndarray], order: np.ndarray, probe: ModelProbe) -> int | None:
+        """Return the first shape that can be made, and runs, of those that are tried; None where none can."""
+        skipped, tried = np.zeros(len(order), dtype=bool), 0
+        for index in self._allowed(sizes, order, probe):
+            if skipped[index]:
+                continue
+            if tried == MAX_TRIED * DEFAULT_LIMIT:
+                break
+            tried += 1
+            try:
+                overrides = overrides_of(sizes, index, self.size_fields, self._fixed)
+                config, model = self._build(overrides, probe.model_class)
+                self._check_plan(overrides, config, model)
+                self._check_runs(probe.model_class, config)
+            except HfGuideError:
+                skipped |= are_alike(sizes, index)
+                continue
+            return index
+        return None
+
+    def _is_valid(self, sizes: Mapping[str, np.ndarray], index: int, names: list[str], probe: ModelProbe) -> bool:
         """Return whether the family allows the width and the heads of a shape: in some, one follows from the other."""
-        fields = enumerator.fields
-        changed = overrides_of(grid, index, fields, enumerator.fixed)
+        fields = self.size_fields
+        changed = overrides_of(sizes, index, fields, self._fixed)
         changed = {name: size for name, size in changed.items() if name in names}
-        sizes = {**self._coupled, **changed}
-        built = probe.build(sizes)
+        sizes_to_build = {**self._coupled, **changed}
+        built = probe.build(sizes_to_build)
         if built is None or not axes_agree(self.setup.layout, *built):
             return False
-        shallow = probe.build({**sizes, **{each.name: 1 for each in fields.of(SizeRole.DEPTH)}})
+        shallow = probe.build({**sizes_to_build, **{each.name: 1 for each in fields.of(SizeRole.DEPTH)}})
         try:
             check_initialization(probe.model_class, (shallow or built)[0], self.teacher.config)
         except ShapeError:
@@ -244,8 +281,8 @@ class ShapeSearch:
         score: float,
         student_class: type[PreTrainedModel],
         planned: list[Collection[str]],
-    ) -> ShapeCandidate:
-        """Return one shape, counted exactly.
+    ) -> tuple[ShapeCandidate, PreTrainedConfig]:
+        """Return one shape, counted exactly, and its config.
 
         Args:
             enumerator, grid, index, score, student_class: The shape.
@@ -256,18 +293,8 @@ class ShapeSearch:
             HfGuideError: The family rejects it, the teacher's weights cannot make it, or it is outside the budget.
         """
         fields, fixed = enumerator.fields, enumerator.fixed
-        overrides = overrides_of(grid, index, fields, fixed)
-        config = resolve_config(
-            self.teacher, None, {**self.overrides, **overrides}, self.setup.options, keywords=self.keywords
-        ).config
-        kinds = (set(getattr(each, "layer_types", None) or ()) for each in (self.teacher.config, config))
-        if student_class._is_stateful and (
-            lost := next(kinds) - next(kinds)
-        ):  # generation asks attention for its length
-            raise ShapeError(
-                f"It has no block of the kind {min(lost)}, without which {student_class.__name__} cannot run."
-            )
-        model = build_on_meta(student_class, config, self.teacher)
+        overrides = overrides_of(grid.sizes, index, fields, fixed)
+        config, model = self._build(overrides, student_class)
         cost = exact_cost(model, config)
         sizes = {name: values[[index]] for name, values in grid.sizes.items()}
         try:
@@ -282,11 +309,10 @@ class ShapeSearch:
                 f"It has {format_count(cost['parameters'])} parameters and needs {memory:,} bytes, because its blocks are of "
                 "several kinds, or its depths differ."
             )
-        if self.method.requires_layout and overrides.keys() not in planned:
-            options = self.resolve(overrides, None).plan_options(self.setup.options)
-            dataclasses.replace(self.setup, config=config, options=options).plan(model)
+        if overrides.keys() not in planned:
+            self._check_plan(overrides, config, model)
             planned.append(overrides.keys())
-        return ShapeCandidate(
+        candidate = ShapeCandidate(
             overrides=overrides,
             parameters=cost["parameters"],
             active_parameters=cost["active_parameters"],
@@ -297,6 +323,31 @@ class ShapeSearch:
             width=int(max(sizes[each.name][0] for each in fields.of(SizeRole.WIDTH))),
             depth=int(max((sizes[each.name][0] for each in fields.of(SizeRole.DEPTH)), default=0)),
         )
+        return candidate, config
+
+    def _build(
+        self, overrides: Mapping[str, Any], student_class: type[PreTrainedModel]
+    ) -> tuple[PreTrainedConfig, PreTrainedModel]:
+        """Return the config of a shape's overrides and its model on the meta device.
+
+        Raises:
+            HfGuideError: The family rejects it.
+        """
+        config = resolve_config(
+            self.teacher, None, {**self.overrides, **overrides}, self.setup.options, keywords=self.keywords
+        ).config
+        return config, build_on_meta(student_class, config, self.teacher)
+
+    def _check_plan(self, overrides: Mapping[str, Any], config: PreTrainedConfig, model: PreTrainedModel) -> None:
+        """Raise a ShapeError or LayoutError where the method cannot make a shape of the teacher's weights."""
+        if self.method.requires_layout:
+            options = self.resolve(overrides, None).plan_options(self.setup.options)
+            dataclasses.replace(self.setup, config=config, options=options).plan(model)
+
+    def _check_runs(self, student_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+        """Raise a ShapeError for a shape that builds but cannot run, such as a hybrid without one of its kinds of blocks."""
+        student = build_student(student_class, config, self.setup.dtype, seed=self.setup.options.seed)
+        check_forward(student, self.teacher.config, filled=False)
 
     def resolve(self, overrides: Mapping[str, Any], influence: Any) -> StudentShape:
         """Return the student of a shape's overrides, with the blocks that an influence selects."""

@@ -1,17 +1,20 @@
 """Every shape that is found builds, has the parameters that were counted, and is within the budget."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MixtralConfig,
     Qwen3NextConfig,
-    Qwen3NextForCausalLM,
     SegformerConfig,
     SegformerForImageClassification,
 )
@@ -88,6 +91,48 @@ def test_every_size_of_a_found_shape_may_be_fixed_alone(name):
         assert student.num_parameters() == best.parameters
 
 
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 2}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+SMALL = {"vocab_size": 600, "hidden_size": 96, "intermediate_size": 256, "max_position_embeddings": 256, **HEADS}
+LINEAR = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 16}
+LINEAR |= {"linear_value_head_dim": 16, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64}
+SEVERAL_KINDS = {
+    "qwen3_next": Qwen3NextConfig(**SMALL, **EXPERTS, **LINEAR, num_hidden_layers=8, head_dim=16),
+    "gemma3": Gemma3TextConfig(**SMALL, num_hidden_layers=6, head_dim=16, sliding_window=8),
+    "mixtral": MixtralConfig(**SMALL, num_hidden_layers=4, num_local_experts=4),
+}
+
+
+@pytest.mark.parametrize(("name", "share"), [("qwen3_next", "10%"), *((name, "15%") for name in SEVERAL_KINDS)])
+def test_every_shape_that_is_found_can_be_made_and_runs(name, share):
+    """Of a hybrid, one block alone may have no attention, which generation with a cache needs."""
+    torch.manual_seed(0)
+    teacher = AutoModelForCausalLM.from_config(SEVERAL_KINDS[name])
+    shapes = shapes_of(teacher, num_parameters=share, limit=5)
+    for shape in shapes:
+        student = from_teacher(teacher, show_progress=False, **shape.overrides)
+        assert student.num_parameters() == shape.parameters
+        assert student.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=2, min_new_tokens=2).shape == (1, 6)
+    assert shapes_of(teacher, num_parameters=share) == shapes[:1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "mixtral", "t5", "vit", "heads"])
+def test_the_smallest_and_the_largest_that_an_error_states_are_found_when_asked_for(name):
+    if name == "heads":  # two narrow widths do not divide into their heads
+        teacher = LlamaForCausalLM(LlamaConfig(**SMALL, num_hidden_layers=6))
+    else:
+        teacher = KINDS[name].teacher()
+    with pytest.raises(ShapeError, match="No student is within 2% of num_parameters=1. The smallest has") as stated:
+        shapes_of(teacher, num_parameters=1)
+    bounds = re.search(r"The smallest has num_parameters ([\d,]+) .* the largest ([\d,]+)", str(stated.value))
+    smallest, largest = (int(each.replace(",", "")) for each in bounds.groups())
+    for size in (smallest, largest):
+        (shape,) = shapes_of(teacher, num_parameters=size)
+        assert abs(shape.parameters / size - 1) <= 0.02
+    with pytest.raises(ShapeError, match=f"The smallest has num_parameters {smallest:,} "):
+        shapes_of(teacher, num_parameters=smallest // 2)
+
+
 GROUPED = {"hidden_size": 72, "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 8}
 
 
@@ -135,19 +180,6 @@ def test_memory_counts_the_weights_and_the_cache_that_the_model_fills():
 
 SMALL_DECODER = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
 SMALL_DECODER |= {"num_attention_heads": 4, "max_position_embeddings": 64}
-
-
-def test_a_model_of_blocks_of_linear_attention_keeps_one_of_attention():
-    """The best of the rule had one block, of linear attention, with which the family cannot generate."""
-    torch.manual_seed(0)
-    linear = {f"linear_{name}": size for name, size in (("num_key_heads", 4), ("num_value_heads", 8))}
-    linear |= {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
-    sizes = SMALL_DECODER | linear | experts | {"num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 8}
-    teacher = Qwen3NextForCausalLM(Qwen3NextConfig(**sizes, shared_expert_intermediate_size=64))
-    for shape in shapes_of(teacher, num_parameters="15%", limit=3):
-        student = from_teacher(teacher, show_progress=False, **shape.overrides)
-        assert set(student.config.layer_types) == {"linear_attention", "full_attention"}
 
 
 @pytest.mark.parametrize("cache_length", [None, 10])
@@ -204,7 +236,11 @@ def test_a_budget_below_the_smallest_student_names_it_and_its_table():
         ({"num_parameters": "9M"}, ShapeError, "the largest"),
         ({"num_parameters": "40%", "hiden_size": 24}, OptionError, "Did you mean 'hidden_size'"),
         ({"num_parameters": "5%", "hidden_size": 48}, ShapeError, "with hidden_size=48 is within"),
-        ({"num_parameters": "40%", "active_parameters": "20%"}, ShapeError, "No shape has both"),
+        (
+            {"num_parameters": "40%", "active_parameters": "20%"},
+            ShapeError,
+            "at once. Those of .* have num_parameters from .* Leave one out",
+        ),
         ({"num_parameters": "25%", "num_hidden_layers": 5}, ShapeError, "None of .* tried: The student has 5 blocks"),
     ],
 )
