@@ -318,7 +318,8 @@ class ShapeEnumerator:
         used = self._used_of(entry, shapes.sizes)
         found = [self.first_possible(shapes.sizes, np.argsort(each, kind="stable")) for each in (used, -used)]
         ends = [used[each] for each in found if each is not None]
-        reached = f" Those of {alone} have {entry} from {ends[0]:,.0f} to {ends[-1]:,.0f}." if ends else ""
+        unit = " bytes" if entry == "memory" else ""
+        reached = f" Those of {alone} have {entry} from {ends[0]:,.0f} to {ends[-1]:,.0f}{unit}." if ends else ""
         fixed = f" with {self._describe_fixed()}" if self.fixed else ""
         return ShapeError(
             f"No student{fixed} is within {TOLERANCE:.0%} of {budget} at once.{reached} Leave one out, or choose others."

@@ -241,6 +241,11 @@ def test_a_budget_below_the_smallest_student_names_it_and_its_table():
             ShapeError,
             "at once. Those of .* have num_parameters from .* Leave one out",
         ),
+        (
+            {"num_parameters": "40%", "memory": "10KB"},
+            ShapeError,
+            "at once. Those of .* have memory from .* bytes. Leave",
+        ),
         ({"num_parameters": "25%", "num_hidden_layers": 5}, ShapeError, "None of .* tried: The student has 5 blocks"),
     ],
 )
