@@ -60,6 +60,9 @@ DEFAULT_LIMIT = 12
 MAX_TRIED = 5
 """Times `limit`, of at least `DEFAULT_LIMIT`, how many shapes are counted exactly at most."""
 
+MAX_RUN_PARAMETERS = 300_000_000
+"""Up to how many parameters a shape is run before it is listed."""
+
 COUPLED_ROLES = (SizeRole.WIDTH, SizeRole.HEADS, SizeRole.KEY_VALUE_HEADS)
 """Roles of which a family may only allow some sizes together."""
 
@@ -345,7 +348,12 @@ class ShapeSearch:
             dataclasses.replace(self.setup, config=config, options=options).plan(model)
 
     def _check_runs(self, student_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
-        """Raise a ShapeError for a shape that builds but cannot run, such as a hybrid without one of its kinds of blocks."""
+        """Raise a ShapeError for a shape that builds but cannot run, such as a hybrid without one of its kinds of blocks.
+
+        One of many parameters is not tried: its weights would be allocated, and `from_teacher` tries the one that it makes.
+        """
+        if build_on_meta(student_class, config, self.teacher).num_parameters() > MAX_RUN_PARAMETERS:
+            return
         student = build_student(student_class, config, self.setup.dtype, seed=self.setup.options.seed)
         check_forward(student, self.teacher.config, filled=False)
 

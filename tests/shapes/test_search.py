@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -176,10 +177,6 @@ def test_memory_counts_the_weights_and_the_cache_that_the_model_fills():
     cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert shape.memory == cached + sum(each.nbytes for each in student.parameters())
     assert 0.98 * 200_000 <= shape.memory <= 200_000
-
-
-SMALL_DECODER = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4}
-SMALL_DECODER |= {"num_attention_heads": 4, "max_position_embeddings": 64}
 
 
 @pytest.mark.parametrize("cache_length", [None, 10])
