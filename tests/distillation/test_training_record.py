@@ -327,5 +327,5 @@ def test_the_card_of_an_adapter_names_its_base(tmp_path: Path) -> None:
     trainer.save_model()
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "run" / "README.md")
-    assert card.data.library_name == "peft" and "# base: base, a LlamaForCausalLM" in card.text
+    assert card.data.get("library_name") == "peft" and "# base: base, a LlamaForCausalLM" in card.text
     assert "PeftModelFor" not in card.text and str(tmp_path) not in str(card)
