@@ -354,9 +354,11 @@ def _mixed_difference(
 def _lengths(model: PreTrainedModel, layout: Layout) -> _Lengths:
     """Return the lengths of each parameter; those that are one for each head, as one with an axis of heads in front.
 
-    Their number follows that of the heads: StableLM may have a norm for each.
+    Their number follows that of the heads: StableLM may have a norm for each. Names with several numbers, as of ALBERT's
+    groups of layers, are no such.
     """
-    numbered = [row.expression for row in layout.rows if row.expression.groupindex.keys() - {"block", "parameter"}]
+    others = ((row.expression, row.expression.groupindex.keys() - {"block", "parameter"}) for row in layout.rows)
+    numbered = [expression for expression, placeholders in others if len(placeholders) == 1]
     lengths: _Lengths = {}
     for name, parameter in model.named_parameters():
         relative = strip_base_prefix(name, model.base_model_prefix)
