@@ -215,7 +215,7 @@ class ShapeSearch:
                 continue
             skipped |= are_alike(grid.sizes, index)  # where it cannot run, neither can those like it
             try:
-                self._check_runs(probe.model_class, config)
+                self._check_runs(probe.model_class, config, candidate.parameters)
             except HfGuideError as error:
                 rejection = error
                 continue
@@ -253,7 +253,7 @@ class ShapeSearch:
                 overrides = overrides_of(sizes, index, self.size_fields, self._fixed)
                 config, model = self._build(overrides, probe.model_class)
                 self._check_plan(overrides, config, model)
-                self._check_runs(probe.model_class, config)
+                self._check_runs(probe.model_class, config, model.num_parameters())
             except HfGuideError:
                 skipped |= are_alike(sizes, index)
                 continue
@@ -347,12 +347,12 @@ class ShapeSearch:
             options = self.resolve(overrides, None).plan_options(self.setup.options)
             dataclasses.replace(self.setup, config=config, options=options).plan(model)
 
-    def _check_runs(self, student_class: type[PreTrainedModel], config: PreTrainedConfig) -> None:
+    def _check_runs(self, student_class: type[PreTrainedModel], config: PreTrainedConfig, parameters: int) -> None:
         """Raise a ShapeError for a shape that builds but cannot run, such as a hybrid without one of its kinds of blocks.
 
         One of many parameters is not tried: its weights would be allocated, and `from_teacher` tries the one that it makes.
         """
-        if build_on_meta(student_class, config, self.teacher).num_parameters() > MAX_RUN_PARAMETERS:
+        if parameters > MAX_RUN_PARAMETERS:
             return
         student = build_student(student_class, config, self.setup.dtype, seed=self.setup.options.seed)
         check_forward(student, self.teacher.config, filled=False)
