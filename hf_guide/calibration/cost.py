@@ -148,11 +148,12 @@ def _fit_bytes(tokens: int, width: int, student_width: int, student_neurons: int
         student_neurons: Of the student's MLP.
         exact: Bytes of a number of a fit.
     """
-    # Three sums, two of them in the dtype of the search as well, and the factors and inverses for up to three candidates.
-    of_inputs = 8 * (4 * student_width * (student_width + width) + 6 * student_width**2)
+    # Of each input two sums, their totals in the dtype of the fit as well, and the factors and inverses for up to three
+    # candidates; of a sum of squares 9/16 are in memory, and two whole ones in float32 while the ridge is chosen.
+    of_inputs = student_width * (64 * student_width + 24 * width)
     features = max(student_width, student_neurons)
-    if tokens < features:  # the rows, put together, and by the root of their penalties; and the system between them
+    if tokens <= features:  # the rows, put together, and by the root of their penalties; and the system between them
         of_outputs = tokens * (8 * features + 2 * exact * features + 8 * student_width) + 4 * exact * tokens**2
-    else:  # two sums, both in float32 as well, the system and its factor
-        of_outputs = 8 * 5 * features**2 + 8 * 3 * features * student_width
+    else:  # two sums, both in float32 as well, and the system or one of them in a wider dtype
+        of_outputs = features * ((9 + 8 + exact) * features + 24 * student_width)
     return max(of_inputs, of_outputs)

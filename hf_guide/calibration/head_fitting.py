@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from hf_guide.calibration.batches import Batch, count_rows, first_rows, unpadded_ids
 from hf_guide.calibration.forward import drop_padding
-from hf_guide.calibration.least_squares import (
+from hf_guide.calibration.least_squares import max_eps, row_chunks
+from hf_guide.calibration.modules import ModuleRef, linear_weight, module_bias, norm_weight
+from hf_guide.calibration.normal_equations import (
     NormalEquations,
+    NormalEquationSums,
     append_bias_column,
     at_least_float32,
-    max_eps,
-    row_chunks,
 )
-from hf_guide.calibration.modules import ModuleRef, linear_weight, module_bias, norm_weight
 from hf_guide.calibration.output_comparison import NUMBERS_AT_A_TIME
 from hf_guide.calibration.refit import RefitState, assign_checked
 from hf_guide.calibration.sequential import SequentialModel
@@ -71,7 +71,7 @@ class HeadFitter:
         matrix = state.plan.bases.get(self.student.axis)
         if matrix is None or norm is None or norm not in state.teacher_modules.norms:
             return
-        sums: list[NormalEquations] = []
+        sums: list[NormalEquationSums] = []
         state.teacher_run.finish_all()
         for index in range(len(state.batches)):
             stream, head_inputs = self._final_hidden_states(index)
@@ -82,7 +82,7 @@ class HeadFitter:
             projected = projected / projected.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
             self._add(sums, projected, head_inputs)
         has_norm_bias = norm + ".bias" in state.plan.parameters
-        gram, cross, _, _ = _mean_products(sums[0].reduce(), centered=has_norm_bias)  # (d_S, d_S), (d_T, d_S)
+        gram, cross, _, _ = _mean_products(sums[0].reduce().full(), centered=has_norm_bias)  # (d_S, d_S), (d_T, d_S)
         weight = linear_weight(self.student.module)
         table = state.plan.parameters[state.plan.tied_parameters[self.student.name + ".weight"]]
         if state.plan.teacher.weights.shape(state.plan.teacher_names[table.source or ""])[0] != len(weight):
@@ -133,12 +133,12 @@ class HeadFitter:
         parameter = state.plan.parameters.get((self.norm or "") + ".weight")
         if norm is None or parameter is None or self.norm is None:
             return
-        sums: list[NormalEquations] = []
+        sums: list[NormalEquationSums] = []
         for index in range(len(state.batches)):
             student_inputs = self._head_inputs(state.student_run, self.student, index)
             self._add(sums, student_inputs, self._head_inputs(state.teacher_run, self.teacher, index))
         has_norm_bias = self.norm + ".bias" in state.plan.parameters
-        gram, cross, student_mean, teacher_mean = _mean_products(sums[0].reduce(), centered=has_norm_bias)
+        gram, cross, student_mean, teacher_mean = _mean_products(sums[0].reduce().full(), centered=has_norm_bias)
         student_moment, cross_moment = self._table_moments()
         system, right = student_moment * gram, (cross_moment * cross.T).sum(1)
         at_one = system.sum(1)  # for h = 1: the difference is fitted, so that where nothing is lost nothing changes
@@ -306,9 +306,9 @@ class HeadFitter:
     # Activations
 
     @staticmethod
-    def _add(sums: list[NormalEquations], x: Tensor, y: Tensor) -> None:
+    def _add(sums: list[NormalEquationSums], x: Tensor, y: Tensor) -> None:
         if not sums:
-            sums.append(NormalEquations.zeros(x.shape[1] + 1, y.shape[1] + 1))
+            sums.append(NormalEquationSums.zeros(x.shape[1] + 1, y.shape[1] + 1))
         sums[0].add(append_bias_column(x, True), append_bias_column(y, True))
 
     def _final_hidden_states(self, index: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
+from hf_guide.calibration.normal_equations import (
+    BUFFERED_ROWS,
+    NormalEquations,
+    NormalEquationSums,
+    TrainValNormalEquations,
+    symmetric_product,
+)
+from hf_guide.utils.distributed import rank_and_world_size
 from hf_guide.utils.memory import return_freed_memory
 
 RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
@@ -27,12 +34,6 @@ SCORED_SUMS = 64
 CHUNK_BYTES = 8 << 20
 """Bytes of the rows of a weight, as of a head over a large vocabulary, that are fitted at a time, in float64."""
 
-BUFFERED_ROWS = 1024
-"""Rows of which a product is taken at once."""
-
-SYMMETRIC_BLOCKS, MIN_SYMMETRIC_WIDTH = 8, 1024
-"""A symmetric product is computed in so many strips from the diagonal on, where it is that wide."""
-
 _Candidate = tuple[float, bool]
 """A ridge, and whether each feature is penalised by its own mean square."""
 
@@ -45,170 +46,6 @@ def max_eps(*dtypes: torch.dtype) -> float:
 def fit_dtype(eps: float) -> torch.dtype:
     """Return the dtype of the products of a fit: float64, or float32 for models whose rounding is coarser than float32's."""
     return torch.float32 if eps > torch.finfo(torch.float32).eps else torch.float64
-
-
-def at_least_float32(rows: Tensor) -> Tensor:
-    """Return rows in float32 or better, for sums and differences that a model's dtype would round or overflow."""
-    return rows.to(torch.promote_types(rows.dtype, torch.float32))
-
-
-def append_bias_column(rows: Tensor, has_bias: bool) -> Tensor:
-    """Return rows, (tokens, width), with a column of ones if a bias is to be fitted too."""
-    return torch.cat([rows, torch.ones_like(rows[:, :1])], 1) if has_bias else rows
-
-
-def symmetric_product(rows: Tensor) -> Tensor:
-    """Return x^T x of rows x, (width, width), with little more than half of the operations where it is wide.
-
-    Example:
-        >>> x = torch.randn(16, 2048)
-        >>> torch.testing.assert_close(symmetric_product(x), x.T @ x, atol=1e-4, rtol=1e-4)
-    """
-    return add_symmetric_product_(rows.new_zeros(rows.shape[1], rows.shape[1]), rows)
-
-
-def add_symmetric_product_(total: Tensor, rows: Tensor) -> Tensor:
-    """Add x^T x of rows x to `total`, (width, width), which may be of another dtype and device, and return it.
-
-    Of a wide product only a strip is in memory at a time.
-
-    Example:
-        >>> add_symmetric_product_(torch.eye(2, dtype=torch.float64), torch.ones(3, 2))
-        tensor([[4., 3.],
-                [3., 4.]], dtype=torch.float64)
-    """
-    width = rows.shape[1]
-    step = width if width < MIN_SYMMETRIC_WIDTH else -(-width // SYMMETRIC_BLOCKS)
-    for start in range(0, width, step):
-        end = min(start + step, width)
-        strip = (rows[:, start:end].T @ rows[:, start:]).to(total.device)
-        total[start:end, start:] += strip
-        total[end:, start:end] += strip[:, end - start :].T
-    return total
-
-
-class RowBuffer:
-    """Rows of several tensors that are passed on together, about `BUFFERED_ROWS` at a time.
-
-    Sums in float64 of products in float32 cost as much as the products themselves where those are of few rows.
-
-    Example:
-        >>> sums = []
-        >>> buffer = RowBuffer(lambda rows: sums.append(len(rows)))
-        >>> for _ in range(5):
-        ...     buffer.add(torch.zeros(300, 2))
-        >>> buffer.flush()
-        >>> sums
-        [1200, 300]
-    """
-
-    def __init__(self, add: Callable[..., None]):
-        self._add = add
-        self._rows: list[tuple[Tensor, ...]] = []
-
-    def add(self, *rows: Tensor) -> None:
-        """Add rows, (tokens, width) each, of as many tensors at each call."""
-        self._rows.append(rows)
-        if sum(len(each[0]) for each in self._rows) >= BUFFERED_ROWS:
-            self.flush()
-
-    def flush(self) -> None:
-        """Pass on what is there."""
-        if self._rows:
-            joined = [torch.cat(each) if len(each) > 1 else each[0] for each in zip(*self._rows, strict=True)]
-            self._rows.clear()
-            self._add(*joined)
-
-
-@dataclass
-class NormalEquations:
-    """Sums over rows x of features and rows y of targets, float64.
-
-    Attributes:
-        gram: Sum of x^T x, (features, features).
-        cross: Sum of y^T x, (targets, features).
-    """
-
-    gram: Tensor
-    cross: Tensor
-
-    @classmethod
-    def zeros(cls, features: int, targets: int) -> "NormalEquations":
-        """Return empty sums."""
-        return cls(
-            torch.zeros(features, features, dtype=torch.float64), torch.zeros(targets, features, dtype=torch.float64)
-        )
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add rows, (tokens, features) and (tokens, targets); their products are taken in float32 or better."""
-        dtype = torch.promote_types(at_least_float32(x).dtype, at_least_float32(y).dtype)
-        x, y = x.to(dtype), y.to(dtype)
-        add_symmetric_product_(self.gram, x)  # added in float64, without a copy in it
-        self.cross += (y.T @ x).cpu()
-
-    def reduce(self) -> "NormalEquations":
-        """Add the sums of the other processes."""
-        all_reduce_sum_([self.gram, self.cross])
-        return self
-
-    def columns(self, columns: slice) -> "NormalEquations":
-        """Return the sums over some of the features, sharing memory."""
-        return NormalEquations(self.gram[columns, columns], self.cross[:, columns])
-
-    def to(self, dtype: torch.dtype, scale: float = 1.0) -> "NormalEquations":
-        """Return the sums divided by `scale`, in a dtype."""
-        if scale == 1.0:
-            return NormalEquations(self.gram.to(dtype), self.cross.to(dtype))
-        return NormalEquations(
-            *(torch.div(each, scale, out=torch.empty_like(each, dtype=dtype)) for each in (self.gram, self.cross))
-        )
-
-
-@dataclass
-class TrainValNormalEquations:
-    """Normal equations of the rows that are fitted to, and of those held out to choose the ridge."""
-
-    train: NormalEquations
-    validation: NormalEquations
-
-    def __post_init__(self) -> None:
-        self._buffers = [RowBuffer(each.add) for each in (self.train, self.validation)]
-
-    @classmethod
-    def zeros(cls, features: int, targets: int) -> "TrainValNormalEquations":
-        """Return empty sums."""
-        return cls(NormalEquations.zeros(features, targets), NormalEquations.zeros(features, targets))
-
-    def add(self, x: Tensor, y: Tensor, held_out: Tensor) -> None:
-        """Add rows, of which those are held out for which `held_out`, (tokens,) bool, is true."""
-        for buffer, mask in zip(self._buffers, (~held_out, held_out), strict=True):
-            if mask.any():
-                buffer.add(x[mask], y[mask])
-
-    def reduce(self) -> "TrainValNormalEquations":
-        """Add the sums of the other processes."""
-        for buffer in self._buffers:
-            buffer.flush()
-        self.train.reduce()
-        self.validation.reduce()
-        return self
-
-    def columns(self, columns: slice) -> "TrainValNormalEquations":
-        """Return the sums over some of the features, sharing memory."""
-        return TrainValNormalEquations(self.train.columns(columns), self.validation.columns(columns))
-
-    def clone(self) -> "TrainValNormalEquations":
-        """Return a copy of the sums."""
-        copies = (NormalEquations(each.gram.clone(), each.cross.clone()) for each in (self.train, self.validation))
-        return TrainValNormalEquations(*copies)
-
-    def merge(self) -> NormalEquations:
-        """Return the sums over all rows; those that are fitted to become these, and the others are freed."""
-        if len(self.validation.gram):
-            self.train.gram += self.validation.gram
-            self.train.cross += self.validation.cross
-            self.validation = NormalEquations.zeros(0, 0)
-        return self.train
 
 
 @dataclass
@@ -311,7 +148,7 @@ def fit_weights(
 
     Args:
         targets: The weights.
-        sums: The normal equations of their input; they are merged, for the want of memory.
+        sums: The normal equations of their input, which are used up, for the want of memory.
         ridge: None chooses one of `RIDGES`, where there are held-out rows.
         eps: Relative rounding error of the models, from `max_eps`.
         dtype: The dtype of what is proportional to the number of rows.
@@ -323,10 +160,11 @@ def fit_weights(
     return_freed_memory()  # of the run that collected the sums
     scored = [target.scored(dtype) for target in targets]
     chosen: list[_Candidate | None] = [None if ridge is None else (ridge, False)] * len(targets)
-    if ridge is None and sums.validation.gram.any():
+    if ridge is None and sums.validation.gram.diagonal().any():
         chosen = _best_on_validation(scored, sums, eps, dtype)
-    total = sums.merge()
-    in_dtype = total if dtype == torch.float64 else total.to(dtype)
+    total = sums.take_total().full()
+    needs_gram = any(target.teacher is not None for target in targets)
+    in_dtype = NormalEquations(total.gram.to(dtype) if needs_gram else total.gram, total.cross.to(dtype))
     factors = {candidate: RidgeFactor(total.gram, *candidate) for candidate in set(chosen) if candidate is not None}
     fits: list[Fit | None] = []
     for target, rows, candidate in zip(targets, scored, chosen, strict=True):
@@ -362,21 +200,15 @@ def _best_on_validation(
     search_dtype = torch.float32 if eps >= torch.finfo(torch.float32).eps else torch.float64
     scale = _overflow_scale(sums.train.gram.diagonal()) if search_dtype == torch.float32 else 1.0
 
-    def in_search_dtype(each: NormalEquations) -> tuple[Tensor, Tensor]:
+    def in_search_dtype(each: NormalEquationSums) -> tuple[Tensor, Tensor]:
         """Return the Gram matrix and what the scored rows lack, divided by the scale."""
-        if dtype != torch.float64:
-            each = each.to(dtype, scale)
-            return each.gram, torch.cat([rows.missing(each) for rows in scored]).to(search_dtype)
-        missing = torch.cat([rows.missing(each) for rows in scored]) / scale
-        if search_dtype == torch.float64:
-            return each.gram, missing
-        gram = torch.empty_like(each.gram, dtype=search_dtype)
-        return torch.div(each.gram, scale, out=gram), missing.to(search_dtype)
+        equations = each.full(dtype, scale)
+        missing = torch.cat([rows.missing(equations) for rows in scored]).to(search_dtype)
+        return (equations.gram if dtype == search_dtype else each.gram.full(search_dtype, scale)), missing
 
     gram, missing = in_search_dtype(sums.train)
     held_out_gram, held_out = in_search_dtype(sums.validation)
-    if search_dtype == torch.float32:
-        sums.merge()  # so that less is in memory
+    sums.merge()  # so that less is in memory
     sizes = [len(rows.weight) for rows in scored]
 
     def reductions(ridge: float, by_feature: bool) -> list[float]:
@@ -493,9 +325,9 @@ def solve_factorized(factor: Tensor, right: Tensor) -> Tensor:
 class TokenRegression:
     """The ridge regression of one weight over rows of its inputs and of what its outputs lack.
 
-    With fewer tokens than features the rows are kept, and a system of (tokens, tokens) is solved, the dual problem with the
-    same solution: (G + p P)^-1 x^T = P^-1 x^T (x P^-1 x^T + p)^-1. From as many on they are summed to normal equations, as
-    they are where there is more than one process.
+    With no more tokens than features the rows are kept, and a system of (tokens, tokens) is solved, the dual problem with the
+    same solution: (G + p P)^-1 x^T = P^-1 x^T (x P^-1 x^T + p)^-1. Of more they are summed to normal equations, as they are
+    where there is more than one process.
     """
 
     def __init__(self) -> None:
@@ -508,11 +340,10 @@ class TokenRegression:
         if self._sums is None:
             self._rows.append((x.cpu(), y.cpu(), held_out.cpu()))
             self._count += len(x)
-            if self._count >= x.shape[1] or rank_and_world_size()[1] > 1:
+            if self._count > x.shape[1] or rank_and_world_size()[1] > 1:
                 self._sums = TrainValNormalEquations.zeros(x.shape[1], y.shape[1])
-                for rows in self._rows:
-                    self._sums.add(*rows)
-                self._rows.clear()
+                while self._rows:  # each is freed as soon as it is added
+                    self._sums.add(*self._rows.pop(0))
         else:
             self._sums.add(x, y, held_out)
 

@@ -20,20 +20,19 @@ from hf_guide.calibration.least_squares import (
     Fit,
     FitTarget,
     TokenRegression,
-    TrainValNormalEquations,
-    append_bias_column,
-    at_least_float32,
     fit_dtype,
     fit_weights,
     max_eps,
 )
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight, module_bias
+from hf_guide.calibration.normal_equations import TrainValNormalEquations, append_bias_column, at_least_float32
 from hf_guide.calibration.refit import RefitState, weight_and_bias
 from hf_guide.calibration.sequential import SequentialBlocks, UnsupportedBlockStructure
 from hf_guide.calibration.streams import Streams
 from hf_guide.layouts.grammar import Identity, Projection, Selection
 from hf_guide.models.hooks import StopForward, register_input_hook, removable_hooks
 from hf_guide.utils.distributed import all_reduce_scalar
+from hf_guide.utils.memory import return_freed_memory
 
 BLOCK_OUTPUT = ""
 """The name of a block's own output among the locations where the residual stream is observed."""
@@ -229,6 +228,7 @@ class BlockReconstructor:
         for stream in teacher.hidden_states:
             outputs.append(state.project(stream, axis))
         for step in steps:
+            return_freed_memory()  # of the fit before
             if step.observed_at is None:
                 self._refit_inputs(student, step, targets.pop(step.refs[0].name))
             elif step.observed_at == BLOCK_OUTPUT:
@@ -310,9 +310,9 @@ class BlockReconstructor:
             dtype = fit_dtype(eps)
             if refs[0].is_language_head:  # as many rows as a vocabulary has tokens, in a dtype as exact as the models
                 dtype = torch.promote_types(linear_weight(refs[0].module).dtype, torch.float32)
-            columns = total if has_bias else total.columns(slice(0, -1))
+            columns = total if has_bias else total.without_last_feature()
             targets = [self._input_target(ref, has_bias) for ref in group]
-            sums_of_group = columns.clone() if all(groups.values()) else columns  # a fit merges them
+            sums_of_group = columns.clone() if all(groups.values()) else columns  # a fit uses them up
             fits = fit_weights(targets, sums_of_group, self.state.config.ridge, eps, dtype)
             for ref, fit in zip(group, fits, strict=True):
                 self._assign(ref, fit)

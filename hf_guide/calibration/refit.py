@@ -8,8 +8,9 @@ from transformers import PreTrainedModel
 
 from hf_guide.calibration.config import CalibratedConfig
 from hf_guide.calibration.forward import held_out_examples, held_out_rows
-from hf_guide.calibration.least_squares import Fit, at_least_float32, max_eps
+from hf_guide.calibration.least_squares import Fit, max_eps
 from hf_guide.calibration.modules import ModuleRef, find_modules, linear_weight, module_bias
+from hf_guide.calibration.normal_equations import at_least_float32
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.errors import ShapeError

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 from hf_guide.calibration.batches import Batch, count_tokens
 from hf_guide.calibration.forward import calibration_mode, drop_padding, is_decoder_stack, reads_decoder_tokens
-from hf_guide.calibration.least_squares import RowBuffer, add_symmetric_product_
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight
+from hf_guide.calibration.normal_equations import RowBuffer, add_symmetric_product_
 from hf_guide.calibration.resume import CalibrationCheckpoint
 from hf_guide.calibration.sequential import SequentialModel
 from hf_guide.errors import TeacherError
