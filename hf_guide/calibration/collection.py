@@ -24,7 +24,7 @@ from hf_guide.calibration.importance import BlockSelection
 from hf_guide.calibration.modules import ModuleMap, find_modules, linear_weight
 from hf_guide.calibration.resume import CalibrationCheckpoint, data_fingerprint, describe_data, load_text
 from hf_guide.calibration.self_generation import generate_calibration_text
-from hf_guide.calibration.sequential import SequentialModel
+from hf_guide.calibration.sequential import SequentialModel, find_probes
 from hf_guide.calibration.statistics import ActivationStatistics, collect_statistics, mlp_width
 from hf_guide.calibration.streams import StreamStore
 from hf_guide.errors import OptionError
@@ -134,7 +134,10 @@ def collect_calibration(
             checkpoint.save_text(data.text)
     store = StreamStore(config.activation_memory)
     store.check_space(_activation_bytes(modules, model, batches, refits=config.refit != Refit.NONE))
-    sequential = SequentialModel(model, modules, local_shard(batches), is_teacher=True, store=store, weights=weights)
+    own = local_shard(batches)
+    sequential = SequentialModel(
+        model, modules, own, is_teacher=True, probes=find_probes(own, batches), store=store, weights=weights
+    )
     statistics = collect_statistics(
         model,
         modules,

@@ -59,7 +59,9 @@ class RefitState:
             find_modules(model, self.plan.layout) for model in (self.teacher, self.student)
         )
         modules = self.student_modules
-        self.student_run = SequentialModel(self.student, modules, self.batches, is_teacher=False, store=self.store)
+        self.student_run = SequentialModel(
+            self.student, modules, self.batches, is_teacher=False, probes=self.teacher_run.probes, store=self.store
+        )
 
     # Steps
 

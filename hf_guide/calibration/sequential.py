@@ -8,7 +8,7 @@ and the encoder's output in the decoder of an encoder-decoder.
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,38 @@ class BlockTrace:
 
 
 @dataclass(frozen=True)
+class Probe:
+    """A batch that stands for all with the same inputs, when it is found how a model runs: text alone, text with images.
+
+    Attributes:
+        batch: The batch.
+        index: Its number among the batches of this process; None if it has none with the same inputs.
+    """
+
+    batch: Batch
+    index: int | None
+
+
+def find_probes(batches: Sequence[Batch], all_batches: Sequence[Batch] | None = None) -> list[Probe]:
+    """Return a batch for each combination of inputs, those of most inputs first: the same combinations in all processes.
+
+    Args:
+        batches: Those of this process.
+        all_batches: Those of all processes; None if there is only this one.
+
+    Example:
+        >>> ids, image = torch.ones(1, 2), torch.ones(1, 3, 4, 4)
+        >>> [probe.index for probe in find_probes([{"input_ids": ids}, {"input_ids": ids, "pixel_values": image}])]
+        [1, 0]
+    """
+    found: dict[tuple[str, ...], Probe] = {}
+    for index, batch in [*enumerate(batches), *((None, batch) for batch in all_batches or ())]:
+        inputs = tuple(sorted(name for name, value in batch.items() if value.numel()))
+        found.setdefault(inputs, Probe(batch, index))
+    return [found[inputs] for inputs in sorted(found, key=lambda inputs: (-len(inputs), inputs))]
+
+
+@dataclass(frozen=True)
 class StackStructure:
     """How the blocks of a stack run, whatever their weights and their input are.
 
@@ -101,7 +133,8 @@ class SequentialBlocks:
         weights: What loads the blocks' weights; None if they are in memory.
         following: Modules that may run after the blocks, at which a comparison of what follows may end.
         replay: Returns a context in which the stacks before this one need not run, for a batch and its first rows.
-        structure: As it was found on other batches; None runs the model on one row to find it.
+        probes: From `find_probes`; None takes them from the batches.
+        structure: As it was found on other batches; None runs the model on one row of each probe to find it.
 
     Attributes:
         hidden_states: For each batch the input of block `next`, (batch, length, d).
@@ -110,8 +143,8 @@ class SequentialBlocks:
         recorded: For blocks that were run with a recorder what they and their modules were called with, by the module's name.
 
     Raises:
-        UnsupportedBlockStructure: The blocks run in another order or more than once, or a block passes more to the next
-            than the hidden states.
+        UnsupportedBlockStructure: The blocks run in another order or more than once, or not on every batch, or a block passes
+            more to the next than the hidden states.
     """
 
     def __init__(
@@ -124,7 +157,8 @@ class SequentialBlocks:
         store: StreamStore | None = None,
         weights: BlockWeights | None = None,
         following: Sequence[nn.Module] = (),
-        replay: Callable[[int, int | None], contextlib.AbstractContextManager[None]] | None = None,
+        replay: Callable[[int | None, int | None], contextlib.AbstractContextManager[None]] | None = None,
+        probes: Sequence[Probe] | None = None,
         structure: StackStructure | None = None,
     ):
         self.model, self.blocks, self.batches = model, list(blocks), batches
@@ -133,20 +167,27 @@ class SequentialBlocks:
         self._following = list(following)
         self._replay = replay or (lambda batch, rows: contextlib.nullcontext())
         self.recorded: dict[int, dict[str, Streams]] = {}
-        self.structure = self._verify() if structure is None else structure
+        self.structure = self._verify(probes or find_probes(batches)) if structure is None else structure
         self.restart()
 
+    def _verify(self, probes: Sequence[Probe]) -> StackStructure:
+        """Return how the blocks run on all of the probes; only what holds on each counts."""
+        found = [self._verify_on(probe) for probe in probes]
+        return StackStructure(
+            found[0].outputs, all(each.is_sequential for each in found), all(each.is_replayable for each in found)
+        )
+
     @torch.no_grad()
-    def _verify(self) -> StackStructure:
+    def _verify_on(self, probe: Probe) -> StackStructure:
         """Run the model on one row, compare with the blocks run one by one, and return how they run."""
-        traced = self._trace(0, rows=1, verifies=True)
+        traced = self._trace(probe, rows=1, verifies=True)
         is_identity = False
         if traced.returns_hidden_states_only:
             with replaced_blocks(self.blocks, traced.outputs):
-                is_identity = calls_equal(self._trace(0, rows=1).calls, traced.calls)
+                is_identity = calls_equal(self._trace(probe, rows=1).calls, traced.calls)
         with replaced_blocks(self.blocks, traced.outputs, first_output(traced.outputs[-1])):
-            replayed = self._trace(0, rows=1, to_end=True)
-        has_rows = num_rows(self.batches[0]) is None or len(first_output(traced.outputs[-1])) == 1
+            replayed = self._trace(probe, rows=1, to_end=True)
+        has_rows = num_rows(probe.batch) is None or len(first_output(traced.outputs[-1])) == 1
         return StackStructure(traced.outputs, is_identity, has_rows and _nearly_equal(replayed.after, traced.after))
 
     @torch.no_grad()
@@ -161,18 +202,18 @@ class SequentialBlocks:
         elif self.weights is not None:
             prepared = self.weights.held(*self.blocks)  # they run on every batch
         with prepared:
-            for batch in range(len(self.batches)):
-                trace = self._trace(batch)
+            for index, batch in enumerate(self.batches):
+                trace = self._trace(Probe(batch, index))
                 self.hidden_states.append(trace.hidden_states[0])
                 self._calls.append(trace.calls)
 
     def _trace(
-        self, batch: int, rows: int | None = None, *, verifies: bool = False, to_end: bool = False
+        self, probe: Probe, rows: int | None = None, *, verifies: bool = False, to_end: bool = False
     ) -> BlockTrace:
         """Run the model on a batch up to the end of the last block, or also to what follows it.
 
         Args:
-            batch: The batch.
+            probe: The batch.
             rows: If not None, only so many of its first rows.
             verifies: Run each block once more by itself, while its weights are there, and on to what follows the last block.
             to_end: Run on to what follows the last block.
@@ -214,14 +255,14 @@ class SequentialBlocks:
                 trace.after = (args, kwargs)
                 raise StopForward
 
-        with removable_hooks() as handles, self._replay(batch, rows):
+        with removable_hooks() as handles, self._replay(probe.index, rows):
             for block in self.blocks:  # before the hooks that load and drop its weights
                 handles.append(block.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
                 handles.append(block.register_forward_hook(after, with_kwargs=True, prepend=True))
             for block in self._following if verifies or to_end else ():
                 handles.append(block.register_forward_pre_hook(follow, with_kwargs=True, prepend=True))
-            with _reading(self.model, self.batches[batch], is_teacher=self.is_teacher):
-                outputs = forward_no_cache(self.model, first_rows(self.batches[batch], rows))
+            with _reading(self.model, probe.batch, is_teacher=self.is_teacher):
+                outputs = forward_no_cache(self.model, first_rows(probe.batch, rows))
         if trace.after is None:
             trace.after = outputs
         if len(order) != len(self.blocks):
@@ -314,6 +355,7 @@ class SequentialModel:
         modules: Its modules, from `find_modules`.
         batches: The calibration batches of this process.
         is_teacher: Whether it is the teacher, and not its student; errors name it so.
+        probes: From `find_probes`; None takes them from the batches.
         store: Where hidden states are kept; None keeps them in memory.
         weights: What loads the blocks' weights; None if they are in memory.
 
@@ -332,10 +374,12 @@ class SequentialModel:
         batches: Sequence[Batch],
         *,
         is_teacher: bool,
+        probes: Sequence[Probe] | None = None,
         store: StreamStore | None = None,
         weights: BlockWeights | None = None,
     ):
         self.model, self.stacks, self.batches = model, modules.blocks, batches
+        self.probes = list(probes or find_probes(batches))
         self.is_teacher, self.name = is_teacher, _name(is_teacher)
         self._modules, self._heads = modules, modules.language_heads
         self.store, self.weights = store, weights
@@ -351,6 +395,10 @@ class SequentialModel:
         """Return the same model on the first batches only; what has run on them need not run again."""
         other = copy.copy(self)
         other.batches, other._blocks = self.batches[:count], {}
+        other.probes = [
+            Probe(each.batch, None if each.index is None or each.index >= count else each.index)
+            for each in self.probes
+        ]
         other.finished, other.visited = dict(self.finished), list(self.visited)
         return other
 
@@ -384,6 +432,7 @@ class SequentialModel:
                     weights=self.weights,
                     following=[*others, *self._heads],
                     replay=lambda batch, rows: self._replay(batch, rows, skip=stack),
+                    probes=self.probes,
                     structure=self._structures.get(stack),
                 )
                 self._structures[stack] = self._blocks[stack].structure
@@ -411,7 +460,8 @@ class SequentialModel:
         with removable_hooks() as handles:
             for stack, blocks in self.stacks.items():
                 handles.append(blocks[0].register_forward_pre_hook(lambda *args, s=stack: order.setdefault(s)))
-            forward_no_cache(self.model, first_rows(self.batches[0], 1))
+            for probe in self.probes:
+                forward_no_cache(self.model, first_rows(probe.batch, 1))
         return list(order | dict.fromkeys(self.stacks))
 
     def finish_all(self) -> None:
@@ -497,11 +547,11 @@ class SequentialModel:
             yield name, checkpoint.get(name)
 
     @contextlib.contextmanager
-    def _replay(self, batch: int, rows: int | None, skip: str | None = None) -> Iterator[None]:
-        """Have the stacks that have run return their last hidden states, except `skip`."""
+    def _replay(self, batch: int | None, rows: int | None, skip: str | None = None) -> Iterator[None]:
+        """Have the stacks that have run return their last hidden states, except `skip`; none on a batch of another process."""
         with contextlib.ExitStack() as replaced:
             for stack, streams in self.finished.items():
-                if stack == skip:
+                if stack == skip or batch is None:
                     continue
                 is_whole = rows is None or num_rows(self.batches[batch]) is None
                 final = streams[batch] if is_whole else streams[batch][:rows]
@@ -519,10 +569,18 @@ class SequentialModel:
 
     def _next_stack(self) -> str | None:
         """Return the stack whose first block the model calls next, of those that have not run."""
-        first: list[str] = []
         waiting = {stack for stack in self.stacks if stack not in self.visited and stack not in self.unsupported}
         if not waiting:
             return None
+        first = next(filter(None, (self._first_called(waiting, probe) for probe in self.probes)), None)
+        if first is None:
+            never = UnsupportedBlockStructure(f"{self.name}: its blocks run in the order [].")
+            self.unsupported |= dict.fromkeys(waiting, never)
+        return first
+
+    def _first_called(self, stacks: Collection[str], probe: Probe) -> str | None:
+        """Return which of the stacks the model calls first on a row of a batch; None if it calls the language head before."""
+        first: list[str] = []
 
         def stop(stack: str | None) -> None:
             first.extend([] if stack is None else [stack])
@@ -530,14 +588,11 @@ class SequentialModel:
 
         with removable_hooks() as handles:
             ends: list[tuple[str | None, nn.Module]] = [(None, head) for head in self._heads]
-            ends += [(stack, block) for stack in waiting for block in self.stacks[stack]]
+            ends += [(stack, block) for stack in stacks for block in self.stacks[stack]]
             for name, module in ends:
                 handles.append(module.register_forward_pre_hook(lambda *args, s=name: stop(s), prepend=True))
-            with self._replay(0, 1), _reading(self.model, self.batches[0], is_teacher=self.is_teacher):
-                forward_no_cache(self.model, first_rows(self.batches[0], 1))
-        if not first:
-            never = UnsupportedBlockStructure(f"{self.name}: its blocks run in the order [].")
-            self.unsupported |= dict.fromkeys(waiting, never)
+            with self._replay(probe.index, 1), _reading(self.model, probe.batch, is_teacher=self.is_teacher):
+                forward_no_cache(self.model, first_rows(probe.batch, 1))
         return first[0] if first else None
 
     def _forget_from(self, stack: str) -> None:

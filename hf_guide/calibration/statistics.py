@@ -14,7 +14,7 @@ from hf_guide.calibration.forward import calibration_mode, drop_padding, is_deco
 from hf_guide.calibration.modules import ModuleMap, ModuleRef, linear_weight
 from hf_guide.calibration.normal_equations import RowBuffer, add_symmetric_product_
 from hf_guide.calibration.resume import CalibrationCheckpoint
-from hf_guide.calibration.sequential import SequentialModel
+from hf_guide.calibration.sequential import SequentialModel, find_probes
 from hf_guide.errors import TeacherError
 from hf_guide.layouts.grammar import AxisName, AxisProduct, axis_names, axis_size, group_indices
 from hf_guide.layouts.registry import Layout, config_sizes, rotary_size
@@ -106,7 +106,8 @@ def collect_statistics(
             are not finite.
     """
     if sequential is None:
-        sequential = SequentialModel(model, modules, local_shard(batches), is_teacher=True)
+        own = local_shard(batches)
+        sequential = SequentialModel(model, modules, own, is_teacher=True, probes=find_probes(own, batches))
     collector = _StatisticsCollector(sequential, modules, layout)
     done, is_complete = collector.resume(checkpoint)
     if not is_complete:

@@ -4,7 +4,8 @@ import pytest
 import torch
 import transformers
 
-from hf_guide.calibration.sequential import SequentialBlocks, UnsupportedBlockStructure, calls_equal
+from hf_guide.calibration.sequential import SequentialBlocks, UnsupportedBlockStructure, calls_equal, find_probes
+from tests.distributed.images_and_text import image_batches, image_teacher, text_influence
 from tests.tiny import KINDS
 
 
@@ -57,6 +58,27 @@ def test_arguments_that_depend_on_the_blocks_are_recorded_on_every_batch() -> No
     sequential = SequentialBlocks(model, list(model.encoder.block), batches, is_teacher=True)
     assert len(run) == (len(batches) + 2) * len(model.encoder.block)
     assert len(sequential.hidden_states) == len(batches)
+
+
+def test_blocks_must_run_alone_on_every_kind_of_batch() -> None:
+    """Features of images are added between blocks of text; which batch comes first makes no difference."""
+    text, *images = image_batches(4)
+    model = image_teacher()
+    blocks = list(model.model.language_model.layers)
+    SequentialBlocks(model, blocks, [text], is_teacher=True)
+    for batches in ([text, *images], [*images, text]):
+        with pytest.raises(UnsupportedBlockStructure, match="block 0 takes more"):
+            SequentialBlocks(model, blocks, batches, is_teacher=True)
+    assert text_influence([text, *images]) == pytest.approx(text_influence([*images, text]), rel=1e-5)
+
+
+def test_probes_are_of_the_same_kinds_in_all_processes() -> None:
+    batches = image_batches(4)
+    for own in (batches[:1], batches[1:], batches[::2]):
+        probes = find_probes(own, batches)
+        assert [probe.batch.keys() for probe in probes] == [batches[1].keys(), batches[0].keys()]
+        assert all(probe.index is None or probe.batch is own[probe.index] for probe in probes)
+        assert sum(probe.index is None for probe in probes) == 2 - len({len(batch) for batch in own})
 
 
 def test_calls_are_equal_only_bit_by_bit() -> None:

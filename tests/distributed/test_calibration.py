@@ -9,6 +9,7 @@ import torch
 
 from hf_guide.teachers.tensor_source import SafetensorsTensors
 from tests.calibration.small_students import make_student, token_batches
+from tests.distributed.images_and_text import image_batches, text_influence
 from tests.distributed.launch import run_processes
 from tests.tiny import KINDS
 
@@ -33,6 +34,15 @@ def test_one_batch_is_split_between_processes(tmp_path: Path) -> None:
     vector = torch.cat([parameter.detach().flatten() for parameter in one.parameters()])
     assert result["equal"] and result["tokens"] == one.initialization_report.calibration["tokens"]
     assert (torch.tensor(result["vector"], dtype=torch.float64) - vector).abs().max() < 1e-9 * vector.abs().max()
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("layer_selection", ["block_influence", "local_search"])
+def test_a_process_without_images_runs_blocks_as_those_with_images_do(layer_selection: str, tmp_path: Path) -> None:
+    """The first process begins with text, whose blocks could run one by one; the other has images alone."""
+    given = {"batches": 7, "layer_selection": layer_selection}
+    result = run_processes("images_and_text.py", 2, given, tmp_path)
+    assert result["influence"] == pytest.approx(text_influence(image_batches(7), layer_selection), rel=1e-4)
 
 
 @pytest.mark.slow
