@@ -129,9 +129,9 @@ class BlockWeights:
         for _, name in self._slots.get(id(block), ()):
             self.teacher.weights.prefetch(name)
 
-    def hold_all(self) -> None:
-        """Keep the weights of all blocks in memory from now on."""
-        for block in self._blocks:
+    def keep(self, *blocks: nn.Module) -> None:
+        """Keep the weights of blocks in memory from now on."""
+        for block in blocks:
             self._acquire(block)
 
     def all_held(self) -> contextlib.AbstractContextManager[None]:

@@ -603,14 +603,14 @@ class SequentialModel:
         del self.visited[position:]
 
     def _run_whole(self, stack: str, reason: str) -> None:
-        """Record why the whole model must run on every batch, and keep its weights in memory from now on."""
+        """Record why a stack must run on every batch whenever the model does, and keep its weights in memory from now on."""
         if self._add_note(stack, reason) and self.weights is not None:
-            self.weights.hold_all()
+            self.weights.keep(*self.stacks[stack])
 
     def _add_note(self, stack: str, reason: str) -> bool:
-        """Record why blocks ran together; return whether that was not known."""
-        because = f"because of {stack.removesuffix('.{block}')}: {reason}"
-        note = f"All blocks of {self.name} were in memory and ran together, {because}"
+        """Record why the blocks of a stack ran together; return whether that was not known."""
+        blocks = f"All blocks of {self.name} in {stack.removesuffix('.{block}')}"
+        note = f"{blocks} were in memory and ran together: {reason}"
         is_new = note not in self.notes
         self.notes += [note] if is_new else []
         return is_new

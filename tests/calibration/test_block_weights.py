@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from hf_guide import OptionError, TeacherError, from_teacher
@@ -26,6 +26,7 @@ from hf_guide.calibration.modules import find_modules
 from hf_guide.calibration.recorded_inputs import InputRecorder
 from hf_guide.calibration.sequential import SequentialBlocks, SequentialModel
 from hf_guide.calibration.streams import Streams, StreamStore
+from hf_guide.initialization.infer_layout import layout_for
 from hf_guide.teachers.checkpoint import open_teacher
 from hf_guide.teachers.tensor_source import SafetensorsTensors
 from tests.calibration.small_students import BART, SHALLOWER, kind_batches, make_student, token_batches
@@ -60,7 +61,9 @@ def test_the_student_is_the_same_from_a_folder_and_from_memory_and_with_activati
     for student in (make(tmp_path), make(tmp_path, activation_memory=0)):
         assert same_bits(student, expected)
         assert student.initialization_report.approximations == expected.initialization_report.approximations
-    together = [note for note in expected.initialization_report.approximations if "ran together, because of" in note]
+    together = [
+        note for note in expected.initialization_report.approximations if "were in memory and ran together: " in note
+    ]
     assert bool(together) == (name == "t5"), (
         "a stack that does not run block by block is in the report, with the reason"
     )
@@ -237,6 +240,37 @@ def test_a_model_that_needs_more_than_the_last_hidden_states_runs_as_a_whole(tmp
         for index, batch in enumerate(token_batches()):
             torch.testing.assert_close(sequential.forward(index).logits, teacher(**batch).logits)
     assert sequential.finished == {} and not any(weight.is_meta for weight in model.parameters())
+
+
+def test_only_the_stack_that_does_not_run_by_blocks_stays_in_memory(tmp_path: Path) -> None:
+    """A tower that no batch of text runs; the blocks of text are dropped one by one as always."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = LlavaConfig(
+        vision_config={"model_type": "clip_vision_model", "image_size": 8, "patch_size": 4, **sizes},
+        text_config={"model_type": "llama", "vocab_size": 96, **sizes},
+        image_token_index=4,
+        tie_word_embeddings=False,
+    )
+    teacher = LlavaForConditionalGeneration(config).eval()
+    teacher.save_pretrained(tmp_path)
+    ids = torch.randint(5, 90, (2, 2, 12), generator=torch.Generator().manual_seed(0))
+    ids[1, :, 3:7] = 4
+    text, images = ({"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids)
+    batches = [text, images | {"pixel_values": torch.randn(2, 3, 8, 8)}]
+    checkpoint = open_teacher(tmp_path)
+    model = model_without_weights(checkpoint)
+    modules = find_modules(model, layout_for(config, LlavaForConditionalGeneration))
+    weights = BlockWeights(model, itertools.chain(*modules.blocks.values()), checkpoint, torch.device("cpu"))
+    sequential = SequentialModel(model, modules, batches, is_teacher=True, weights=weights)
+    with torch.no_grad():
+        for index, batch in enumerate(batches):
+            torch.testing.assert_close(sequential.forward(index).logits, teacher(**batch).logits)
+    in_memory = {
+        stack: [not weight.is_meta for block in blocks for weight in block.parameters()]
+        for stack, blocks in modules.blocks.items()
+    }
+    assert len(in_memory) == 2 and sequential.visited == [stack for stack in in_memory if "language_model" in stack]
+    assert all(all(found) if "vision" in stack else not any(found) for stack, found in in_memory.items())
 
 
 def test_streams_on_disk_are_those_in_memory_and_leave_no_file(tmp_path: Path) -> None:
