@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers.utils import find_labels
 
 from hf_guide.data.sentence_collator import ROWS_KEY, SCORES_KEY, SENTENCE_COLUMNS
 from hf_guide.distillation.cached_teacher import CachedTeacher, missing_example_error, split_teacher_columns
@@ -24,7 +25,7 @@ from hf_guide.distillation.losses.registry import (
 )
 from hf_guide.distillation.subclass_logits import SUBCLASS_COLUMNS, TARGETS_KEY, SubclassTargets
 from hf_guide.errors import TaskError
-from hf_guide.models.adapters import forward_parameters
+from hf_guide.models.adapters import forward_parameters, without_adapter
 from hf_guide.models.packed_rows import check_packed_rows
 from hf_guide.models.targets import (
     complete_inputs,
@@ -32,6 +33,7 @@ from hf_guide.models.targets import (
     frame_mask,
     has_targets,
     item_labels,
+    target_inputs,
     target_mask,
 )
 from hf_guide.tasks import OutputKind, Task, output_kind
@@ -164,10 +166,7 @@ class BatchBuilder:
             own = _mask_padding_examples(own, mask, num_real)
         is_labeled = has_targets(self.task, own, self.label_names)
         if TASK_LOSS in self.losses and not is_labeled:
-            raise TaskError(
-                f"The losses have the task loss, 'ce', but the batch has no {' or '.join(self.label_names)}; it has "
-                f"{sorted(own)}. {_LABEL_ADVICE.get(self.task, 'Give the dataset labels')}, or leave 'ce' out."
-            )
+            raise self._no_labels_error(own)
         self._check_labels(own)
         signals = self._teacher_signals(own, cached, mask, training=training)
         orders = [teacher.order for teacher in self.teachers]
@@ -193,6 +192,25 @@ class BatchBuilder:
             frames=frames,
             scores=sentences.get(SCORES_KEY),
             rows_per_example=rows,
+        )
+
+    def _no_labels_error(self, inputs: Mapping[str, Any]) -> TaskError:
+        """Return the error of a batch without targets for the task loss; its advice follows what the batch has instead."""
+        model, names = type(without_adapter(self.student)), list(self.label_names)
+        taken = find_labels(model)
+        required = [name for name in target_inputs(self.task) if inputs.get(name) is None]  # whatever label_names is
+        found = [] if required else [name for name in taken if inputs.get(name) is not None]
+        if found:
+            return TaskError(
+                f"label_names is {names}, but the batch has {' and '.join(map(repr, found))}, of which {model.__name__} "
+                f"computes the task loss, 'ce'. Leave label_names out, or set label_names={found}."
+            )
+        advice = _LABEL_ADVICE.get(self.task, "Give the dataset labels")
+        if not required and taken and not set(taken) & set(names):
+            advice += f", and leave label_names={names} out: {model.__name__} takes {' and '.join(map(repr, taken))}"
+        return TaskError(
+            f"The losses have the task loss, 'ce', but the batch has no {' or '.join(required or names)}; it has "
+            f"{sorted(inputs)}. {advice}, or leave 'ce' out."
         )
 
     def _check_labels(self, inputs: Mapping[str, Any]) -> None:

@@ -92,6 +92,12 @@ def test_a_batch_that_lacks_what_the_task_needs_is_an_error(tmp_path: Path) -> N
     losses = {"ce": 0.5, "kd": 0.5}
     error = at_first_batch("question-answering", plain_texts(8), collate_plain, losses, tmp_path)
     assert "no start_positions or end_positions" in str(error)
+
+    def collate_starts(rows: Any) -> dict[str, Any]:
+        return collate_plain(rows) | {"start_positions": torch.zeros(len(rows), dtype=torch.long)}
+
+    error = at_first_batch("question-answering", plain_texts(8), collate_starts, losses, tmp_path)
+    assert "no end_positions; it has ['attention_mask', 'input_ids', 'start_positions']" in str(error)
     written = [each | {"labels": list(each["input_ids"])} for each in described_images(8)]
     error = at_first_batch("image-text-to-text", written, CASES["image-text-to-text"].collate, losses, tmp_path)
     assert "stands for an image" in str(error)

@@ -266,6 +266,42 @@ def test_a_batch_without_labels_is_an_error_with_the_task_loss(tmp_path: Path) -
     DistillationTrainer(llama(1), arguments(tmp_path, losses="kd"), collate, unlabelled, teacher=llama(2)).train()
 
 
+@pytest.mark.parametrize(
+    ("task", "names", "dropped", "expected"),
+    [
+        (
+            "causal-lm",
+            ["targets"],
+            (),
+            r"label_names is \['targets'\], but the batch has 'labels'.*Leave label_names out",
+        ),
+        (
+            "causal-lm",
+            ["targets"],
+            ("labels",),
+            r"no targets; it has.*DataCollatorForLang.*, and leave label_names.*'labels'",
+        ),
+        (
+            "sequence-classification",
+            ["label"],
+            (),
+            r"\['label'\], but the batch has 'labels'.*label_names=\['labels'\]",
+        ),
+    ],
+)
+def test_the_advice_on_labels_follows_what_the_batch_has(
+    task: str, names: list[str], dropped: tuple[str, ...], expected: str, tmp_path: Path
+) -> None:
+    examples = [
+        {name: value for name, value in example.items() if name not in dropped} for example in examples_for(task)
+    ]
+    args = arguments(tmp_path, losses={"ce": 0.5, "kd": 0.5}, label_names=names)
+    student, teacher = (model_for(task, seed) for seed in (1, 2))
+    with pytest.raises(TaskError, match=expected) as raised:
+        DistillationTrainer(student, args, collate, examples, teacher=teacher).train()
+    assert dropped or "DataCollator" not in str(raised.value), "the batch has labels"
+
+
 def test_signal_caches_that_do_not_fit_are_errors(tmp_path: Path) -> None:
     examples = examples_for("causal-lm")
     folder = tmp_path / "capture"
