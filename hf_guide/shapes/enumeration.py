@@ -6,6 +6,7 @@ they keep the teacher's size, in groups as large as the teacher's, or smaller wh
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -82,7 +83,7 @@ class ShapeEnumerator:
         Raises:
             ShapeError: There are none; states the smallest and the largest student.
         """
-        grid = self._shapes(self._grid(), budget)
+        grid = self._shapes(self._grid, budget)
         if not len(grid):
             raise self.unreachable(budget)
         return grid
@@ -117,11 +118,21 @@ class ShapeEnumerator:
         possible = (rounded >= min(step, mlp.size)) & (rounded <= mlp.size)
         return {name: each[possible] for name, each in self._with_mlp(sizes, rounded, step).items()}
 
+    def bounds(self) -> list[tuple[dict[str, np.ndarray], np.ndarray]]:
+        """Return the shapes of every budget with the narrowest MLP, and with the widest, each with an order of their indices.
+
+        The first in the order is the one whose sizes are all the smallest, and the one whose sizes are all the largest.
+        """
+        grids = self._bounds(self._grid)
+        ascending = np.arange(_length(self._grid))
+        return [(grids[0], ascending), (grids[-1], ascending[::-1])]
+
     def _is_fixed(self, role: SizeRole) -> bool:
         return any(each.name in self.fixed for each in self.fields.of(role))
 
+    @functools.cached_property
     def _grid(self) -> dict[str, np.ndarray]:
-        """Return every combination of width, depth, heads and experts; the MLP is the teacher's."""
+        """Every combination of width, depth, heads and experts; the MLP is the teacher's."""
         axes = [self._widths(), self._depths(), self._heads(), self._experts()]
         combinations = [
             {name: value for part in parts for name, value in part.items()} for parts in itertools.product(*axes)
@@ -129,7 +140,7 @@ class ShapeEnumerator:
         combinations = [each for each in map(self._with_heads_of_width, combinations) if each is not None]
         if not combinations:
             raise ShapeError(
-                f"With {self._describe_fixed()} the width does not divide into whole heads of {self.fields.head_size}, "
+                f"With {self.describe_fixed()} the width does not divide into whole heads of {self.fields.head_size}, "
                 f"the teacher's size: choose a multiple of {self._width_of_heads()}, or state the number of heads too."
             )
         names = [each.name for each in self.fields.fields]
@@ -275,7 +286,7 @@ class ShapeEnumerator:
 
     def unreachable(self, budget: Budget) -> ShapeError:
         """Return the error of a budget within `TOLERANCE` of which no shape can be made."""
-        grid = self._grid()
+        grid = self._grid
         entries = list(budget.entries())
         for number in range(len(entries) - 1, 0, -1):
             alone = dataclasses.replace(budget, **dict.fromkeys(entries[number:]))
@@ -284,7 +295,7 @@ class ShapeEnumerator:
                 return self._contradiction(shapes, alone, entries[number], budget)
         bounds = self._bounds(grid)
         used = [self._used(each, budget) for each in bounds]
-        fixed = f" with {self._describe_fixed()}" if self.fixed else ""
+        fixed = f" with {self.describe_fixed()}" if self.fixed else ""
         smallest = self.first_possible(bounds[0], np.argsort(used[0], kind="stable"))
         largest = self.first_possible(bounds[-1], np.argsort(-used[-1], kind="stable"))
         if smallest is None or largest is None:
@@ -320,12 +331,13 @@ class ShapeEnumerator:
         ends = [used[each] for each in found if each is not None]
         unit = " bytes" if entry == "memory" else ""
         reached = f" Those of {alone} have {entry} from {ends[0]:,.0f} to {ends[-1]:,.0f}{unit}." if ends else ""
-        fixed = f" with {self._describe_fixed()}" if self.fixed else ""
+        fixed = f" with {self.describe_fixed()}" if self.fixed else ""
         return ShapeError(
             f"No student{fixed} is within {TOLERANCE:.0%} of {budget} at once.{reached} Leave one out, or choose others."
         )
 
-    def _describe_fixed(self) -> str:
+    def describe_fixed(self) -> str:
+        """Return the user's overrides as they are passed."""
         return ", ".join(f"{name}={value!r}" for name, value in self.fixed.items())
 
     @staticmethod

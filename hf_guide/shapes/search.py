@@ -178,6 +178,7 @@ class ShapeSearch:
             allows=lambda heads: probe.build({**self._coupled, **heads}) is not None,
             first_possible=lambda sizes, order: self._first_possible(sizes, order, probe),
         )
+        self._check_fixed(enumerator, probe)
         grid = enumerator.enumerate(self.budget)
         return self._best_unlike(enumerator, grid, probe)
 
@@ -187,6 +188,36 @@ class ShapeSearch:
             size = self._fixed.get(each.name, 0)
             if each.role is not SizeRole.DEPTH and isinstance(size, int) and size > each.size:
                 raise too_large_error(each.name, size, each.size)
+
+    def _check_fixed(self, enumerator: ShapeEnumerator, probe: ModelProbe) -> None:
+        """Raise a ShapeError where the plan of no shape can have the user's overrides, whatever the budget is.
+
+        That is known where it rejects the smallest and the largest shape, which share no size that is varied, for the same
+        reason in the same words: a reason that depends on what is varied states other sizes, or rejects only one of them.
+        """
+        if not self._fixed:
+            return
+        reasons: list[str] = []
+        shapes: list[dict[str, float]] = []
+        bounds = enumerator.bounds()
+        for sizes, order in bounds:
+            index = next(self._allowed(sizes, order, probe), None)
+            if index is None:
+                return
+            shapes.append({name: float(values[index]) for name, values in sizes.items()})
+            overrides = overrides_of(sizes, index, self.size_fields, self._fixed)
+            try:
+                self._check_plan(overrides, *self._build(overrides, probe.model_class))
+            except HfGuideError as error:
+                reasons.append(str(error))
+            else:
+                return
+        varied = [name for name in shapes[0] if len(np.unique([sizes[name] for sizes, _ in bounds])) > 1]
+        if len(set(reasons)) == 1 and all(shapes[0][name] != shapes[1][name] for name in varied):
+            raise ShapeError(
+                f"No shape with {enumerator.describe_fixed()} can be made of this teacher, whatever its other sizes are: "
+                f"{reasons[0]}"
+            )
 
     def _best_unlike(self, enumerator: ShapeEnumerator, grid: ShapeGrid, probe: ModelProbe) -> list[ShapeCandidate]:
         """Return the shapes of the best rule scores that can be built, none like one before it.

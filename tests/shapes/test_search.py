@@ -25,6 +25,7 @@ from hf_guide.errors import LayoutError, OptionError, ShapeError
 from hf_guide.shapes.candidates import rule_scores
 from hf_guide.shapes.counting import ParameterCounter
 from hf_guide.shapes.fields import ModelProbe, SizeField, SizeFields, SizeRole, build_on_meta, find_size_fields
+from hf_guide.shapes.search import ShapeSearch
 from hf_guide.teachers.checkpoint import open_teacher
 from tests.small_speech import whisper, whisper_processor
 from tests.tiny import KINDS, same_bits
@@ -243,12 +244,35 @@ def test_a_budget_below_the_smallest_student_names_it_and_its_table():
             ShapeError,
             "at once. Those of .* have memory from .* bytes. Leave",
         ),
-        ({"num_parameters": "25%", "num_hidden_layers": 5}, ShapeError, "None of .* tried: The student has 5 blocks"),
     ],
 )
 def test_a_search_without_a_result_is_an_error_with_the_reason(options, error, message):
     with pytest.raises(error, match=message):
         shapes_of(KINDS["llama"].teacher(), **options)
+
+
+@pytest.mark.parametrize("budget", ["40%", "1%"])  # a budget that shapes are within, and one that none is
+@pytest.mark.parametrize(
+    ("name", "fixed", "reason"),
+    [
+        ("llama", {"head_dim": 24}, "head size of queries and keys is 24, the teacher's 12"),
+        (
+            "gemma3",
+            {"head_dim": 24, "num_key_value_heads": 1},
+            "head size of queries and keys is 24, the teacher's 12",
+        ),
+        ("t5", {"d_kv": 24}, "is 24, the teacher's 12"),
+        ("gpt2", {"n_layer": 5}, "5 blocks in 'h', its teacher 4"),
+        ("mixtral", {"num_hidden_layers": 7, "num_local_experts": 2}, "7 blocks in 'layers', its teacher 4"),
+    ],
+)
+def test_what_no_shape_can_have_is_an_error_before_any_is_tried(name, fixed, reason, budget, monkeypatch):
+    built, build = [], ShapeSearch._build
+    monkeypatch.setattr(ShapeSearch, "_build", lambda self, *shape: built.append(shape) or build(self, *shape))
+    stated = ", ".join(f"{field}={size}" for field, size in fixed.items())
+    with pytest.raises(ShapeError, match=f"No shape with {stated} can be made of this teacher.*{reason}"):
+        shapes_of(KINDS[name].teacher(), num_parameters=budget, **fixed)
+    assert len(built) == 2, "the smallest shape and the largest"
 
 
 @pytest.mark.parametrize("limit", ["3", -1, 0, 2.0, True, None])
