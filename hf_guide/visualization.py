@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from hf_guide.errors import OptionError
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.utils.escaping import escape_mathtext
-from hf_guide.utils.files import atomic_write
+from hf_guide.utils.files import atomic_write, check_output_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,13 +163,34 @@ def save_figure(figure: "Figure", path: str | os.PathLike[str], dpi: int = 150) 
     Raises:
         OptionError: matplotlib does not support the suffix.
     """
-    known = figure.canvas.get_supported_filetypes()
+    file = figure_file(path)
+    with atomic_write(file) as partial:
+        figure.savefig(partial, dpi=dpi, format=file.suffix.removeprefix(".").lower())
+
+
+def check_figure_output(path: str | os.PathLike[str]) -> None:
+    """Check that a figure can be written to a path, before what it shows is computed.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OptionError: matplotlib does not support the suffix, or the path is a folder, or in none.
+        PermissionError: The folder is not writable.
+    """
+    check_output_file(figure_file(path))
+
+
+def figure_file(path: str | os.PathLike[str]) -> Path:
+    """Return the file that a figure is written into: the path, with the suffix .png where it has none.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OptionError: matplotlib does not support the suffix.
+    """
+    known = _figure_class()().canvas.get_supported_filetypes()
     suffix = Path(path).suffix.removeprefix(".").lower()
     if suffix and suffix not in known:
         raise OptionError(f"{os.fspath(path)} must end in one of {', '.join(sorted(known))}; found {suffix!r}.")
-    file = Path(path) if suffix else Path(f"{os.fspath(path)}.png")
-    with atomic_write(file) as partial:
-        figure.savefig(partial, dpi=dpi, format=suffix or "png")
+    return Path(path) if suffix else Path(f"{os.fspath(path)}.png")
 
 
 def _figure_class() -> "type[Figure]":

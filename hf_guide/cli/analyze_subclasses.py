@@ -81,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
     """Analyze, print a summary and where the page is, and return the exit code."""
     from hf_guide.data.arguments import DataArguments
     from hf_guide.errors import OptionError
+    from hf_guide.utils.files import check_can_create, check_output_file
     from hf_guide.validation import check_integer
 
     check_integer("--max-samples", args.max_samples)
@@ -101,14 +102,11 @@ def run(args: argparse.Namespace) -> int:
         label_column=args.label_column,
         max_train_samples=args.max_samples,
     )
-    if args.output.is_dir():
-        raise OptionError(
-            f"-o must be a file; {args.output} is a folder. Add the name of the page, such as subclasses.html."
-        )
+    check_output_file(args.output)
     if args.figures is not None and args.figures.exists() and not args.figures.is_dir():
         raise OptionError(f"--figures must be a folder; {args.figures} is a file.")
-    if not args.output.resolve().parent.is_dir():
-        raise OptionError(f"There is no folder {args.output.resolve().parent} to write {args.output.name} into.")
+    if args.figures is not None:
+        check_can_create(args.figures)
 
     from transformers.utils import logging
 

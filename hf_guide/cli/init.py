@@ -145,6 +145,10 @@ def run(args: argparse.Namespace) -> int:
     options = _method_options(args)
     if args.output is not None:
         check_output_folder(args.output)
+    if args.license:
+        from hf_guide.hub.licenses import check_license
+
+        check_license(args.license)
     if args.dry_run:
         return _dry_run(args, overrides, options)
     if args.output is None:

@@ -27,8 +27,17 @@ def run(args: argparse.Namespace) -> int:
     from hf_guide.scripts.inspect import count_parameters, suggest_widths, variance_curves
     from hf_guide.teachers.checkpoint import open_teacher
     from hf_guide.utils.escaping import to_single_line
-    from hf_guide.visualization import LANDMARKS, plot_explained_variance, text_plot, width_reaching
+    from hf_guide.visualization import (
+        LANDMARKS,
+        check_figure_output,
+        figure_file,
+        plot_explained_variance,
+        text_plot,
+        width_reaching,
+    )
 
+    if args.plot:
+        check_figure_output(args.plot)
     teacher = open_teacher(args.teacher, gguf_file=args.gguf_file, **hub_arguments(args))
     layout = layout_for(teacher.config, teacher.model_class)
     curves = variance_curves(teacher, layout)
@@ -56,5 +65,5 @@ def run(args: argparse.Namespace) -> int:
             print(line)
     if args.plot:
         plot_explained_variance(curves, args.plot)
-        print(f"\nPlotted in {args.plot}")
+        print(f"\nPlotted in {figure_file(args.plot)}")
     return 0

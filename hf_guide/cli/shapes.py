@@ -62,6 +62,10 @@ def run(args: argparse.Namespace) -> int:
     budget = budget_arguments(args)
     if not budget:
         raise OptionError("Set what the student may cost: --num-parameters, --active-parameters or --memory.")
+    if args.output:
+        from hf_guide.visualization import check_figure_output
+
+        check_figure_output(args.output)
     overrides = shape_overrides(args)
     dataset = read_calibration_dataset(args.calibration_dataset)
     if args.option and dataset is None:
@@ -69,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     options = add_key_values({"method": "calibrated"}, args.option, "--option") if dataset is not None else None
 
     from hf_guide.shapes.search import find_shapes
-    from hf_guide.visualization import plot_shapes
+    from hf_guide.visualization import figure_file, plot_shapes
 
     shapes = find_shapes(
         args.teacher,
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\nTake the first: {command}{' --token ...' if args.token else ''}")
     if args.output:
         plot_shapes([each.to_json() for each in shapes], args.output)
-        print(f"Plotted in {args.output}")
+        print(f"Plotted in {figure_file(args.output)}")
     return 0
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from hf_guide.errors import OptionError
+
 try:
     import fcntl
 except ImportError:  # Windows has no such locks
@@ -47,6 +49,24 @@ def check_output_folder(output: Path) -> None:
     check_can_create(output)
     if output.is_dir() and any(not is_partial(path) for path in output.iterdir()):
         raise FileExistsError(f"The output folder {output} is not empty; name a new one, or empty it first.")
+
+
+def check_output_file(output: Path) -> None:
+    """Check that a file can be written, before what it is to contain is computed; one that exists is replaced.
+
+    Raises:
+        OptionError: It is a folder, or its folder does not exist.
+        PermissionError: Its folder is not writable.
+    """
+    folder = output.absolute().parent
+    if output.is_dir():
+        raise OptionError(f"The output {output} must be a file; it is a folder. Add the name of the file.")
+    if not folder.is_dir():
+        raise OptionError(f"There is no folder {folder} to write {output.name} into: make it, or choose another.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"The output {output} cannot be created: {folder} is not writable. Choose another folder."
+        )
 
 
 def check_can_create(output: Path) -> None:

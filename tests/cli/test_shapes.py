@@ -44,6 +44,31 @@ def test_the_command_that_shapes_prints_makes_the_first_shape(teacher, tmp_path,
     assert InitializationReport.load(output).student_parameters == best.parameters
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["shapes", "{teacher}", "--num-parameters", "40%", "-o", "{home}/shapes.txt"],
+            "shapes.txt must end in one of",
+        ),
+        (["shapes", "{teacher}", "--num-parameters", "40%", "-o", "{home}"], "must be a file; it is a folder"),
+        (["shapes", "{teacher}", "--num-parameters", "40%", "-o", "{home}/none/a.png"], "There is no folder"),
+        (["inspect", "{teacher}", "--plot", "{home}/curve.txt"], "curve.txt must end in one of"),
+        (["inspect", "{teacher}", "--plot", "{home}/none/curve"], "There is no folder"),
+        (["init", "{teacher}", "--license", "my own", "-o", "{home}/student"], "my own"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_an_error_before_the_teacher_is_read(
+    words, message, teacher, tmp_path, capsys, monkeypatch
+):
+    for module in ("shapes.search", "teachers.checkpoint", "modeling"):
+        monkeypatch.setattr(f"hf_guide.{module}.open_teacher", lambda *args, **kwargs: pytest.fail("it was read"))
+    (tmp_path / "output.png").mkdir()
+    words = [word.format(teacher=teacher, home=tmp_path / "output.png") for word in words]
+    assert cli.main(words) == 2
+    assert message in capsys.readouterr().err and list(tmp_path.rglob("*")) == [tmp_path / "output.png"]
+
+
 def test_another_tokenizers_vocabulary_counts_and_is_in_the_command(tmp_path, capsys):
     kind = TOKENIZER_KINDS["Llama BPE"]
     wide = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}

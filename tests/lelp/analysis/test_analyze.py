@@ -242,7 +242,7 @@ def test_images_are_shown(tmp_path):
         (["--max-samples", "0"], "--max-samples must be a whole number of at least 1"),
         (["--steps", "0"], "--steps must be a whole number of at least 1"),
         (["-o", "{home}/nowhere/page.html"], "There is no folder"),
-        (["-o", "{home}"], "-o must be a file"),
+        (["-o", "{home}"], "must be a file; it is a folder"),
         (["--figures", "{home}/data.jsonl"], "--figures must be a folder"),
         (["--dataset-split", "tests"], "has no split 'tests'"),
     ],
