@@ -108,7 +108,11 @@ def test_the_first_snippet_prints_what_the_readme_shows(in_scratch: Path, capsys
 @pytest.mark.parametrize(
     ("name", "words"), [("README.md", "trainer.train()"), ("examples/README.md", "eval_dataset=held_out")]
 )
-def test_the_snippets_of_the_trainer_train(name: str, words: str, in_scratch: Path, texts: Any) -> None:
+def test_the_snippets_of_the_trainer_train_on_texts_as_the_tokenizer_returns_them(
+    name: str, words: str, in_scratch: Path
+) -> None:
+    texts = datasets.Dataset.from_dict(dict(tokenizer()([text for text, _ in sentences(8)])))
+    assert "labels" not in texts.column_names
     code = block_with(name, words).replace("trainer.push_to_hub()\n", "")
     teacher = make_model(in_scratch / "teacher", "llama", "ForCausalLM")
     code = re.sub(r'"HuggingFaceTB/[\w.-]+"', repr(str(teacher)), code)
