@@ -15,6 +15,7 @@ from hf_guide.calibration.forward import calibration_mode
 from hf_guide.errors import OptionError, TeacherError
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
 from hf_guide.utils.distributed import all_reduce_sum_, rank_and_world_size
+from hf_guide.utils.finite import overflow_advice
 
 GENERATION_BATCH_SIZE = 64
 _SEED_STRIDE = 1_000_003  # the second batch of one seed is not the first of the next
@@ -60,15 +61,15 @@ def generate_calibration_text(
 class _ProgressLogitsProcessor(LogitsProcessor):
     """Leave logits as they are, advance a bar by a step, and raise where nothing can be sampled from them."""
 
-    def __init__(self, bar: "tqdm[None]"):
-        self.bar = bar
+    def __init__(self, bar: "tqdm[None]", dtype: torch.dtype):
+        self.bar, self.dtype = bar, dtype
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.bar.update()
         if bool(scores.isnan().any()):
             raise TeacherError(
-                "The teacher predicts NaN for text that it generates itself: run it in a wider dtype (bfloat16 or float32), "
-                "or check its weights."
+                f"The teacher, in {self.dtype}, predicts NaN for text that it generates itself. "
+                + overflow_advice(self.dtype, "Check its weights for NaN and extreme values", "Load the teacher")
             )
         return scores
 
@@ -83,7 +84,7 @@ def _generate_rows(model: Any, shape: torch.Size, seed: int, bar: "tqdm[None]") 
             first,
             attention_mask=torch.ones_like(first),
             max_new_tokens=shape[1] - 1,
-            logits_processor=[_ProgressLogitsProcessor(bar)],
+            logits_processor=[_ProgressLogitsProcessor(bar, model.dtype)],
         )
     return rows.cpu()
 

@@ -27,6 +27,7 @@ from hf_guide.utils.files import (
     remove_stale_partials,
     staging_folder,
     sync_to_disk,
+    write_limit_advice,
 )
 
 STATE_NAME = "trainer_state.json"
@@ -305,7 +306,7 @@ def remove_old_checkpoints(run_folder: Path, limit: int | None, best: str | None
 
 @contextlib.contextmanager
 def explain_write_errors(what: str, folder: Path) -> Iterator[None]:
-    """Convert the various errors of a full disk into one that names the disk and its free space.
+    """Convert the various errors of a failed write into one that names the folder, and the free space or the limit.
 
     Args:
         what: What is written, the beginning of a sentence.
@@ -324,7 +325,10 @@ def explain_write_errors(what: str, folder: Path) -> Iterator[None]:
             if complete
             else "There is no complete checkpoint yet"
         )
+        limit = write_limit_advice(error)
+        disk = "" if limit else f", whose disk has {free:,.0f} MiB free"
+        advice = limit or "Free space on that disk, or choose another output_dir"
         raise OSError(
-            f"{what} could not be written to {folder}, whose disk has {free:,.0f} MiB free: {error}. What was written of it "
-            f"is removed. Free space on that disk, or choose another output_dir. {remaining}."
+            f"{what} could not be written to {folder}{disk}: {error}. What was written of it is removed. {advice}. "
+            f"{remaining}."
         ) from error

@@ -99,10 +99,19 @@ def test_models_that_generate_no_text_are_an_error(name: str) -> None:
         )
 
 
-def test_a_teacher_that_predicts_nan_is_an_error(teacher: Any) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.float32, "Check its weights for NaN"),
+        (torch.bfloat16, "Check its weights for NaN"),
+        (torch.float16, "Load the teacher with dtype='bfloat16' or 'float32'"),
+    ],
+)
+def test_a_teacher_that_predicts_nan_is_an_error(dtype: torch.dtype, advice: str, teacher: Any) -> None:
+    teacher.to(dtype)
     with torch.no_grad():
         teacher.lm_head.weight[5] = torch.nan
-    with pytest.raises(TeacherError, match="predicts NaN for text that it generates itself"):
+    with pytest.raises(TeacherError, match=f"in {dtype}, predicts NaN for text that it generates itself. {advice}"):
         generate(teacher)
 
 

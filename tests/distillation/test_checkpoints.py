@@ -1,5 +1,6 @@
 """Checkpoints are whole or not there, and a resumed run ends as one that was never interrupted."""
 
+import errno
 import json
 import logging
 import os
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from hf_guide import DistillationTrainer, OptionError
@@ -214,6 +216,25 @@ def test_a_write_that_fails_at_any_file_leaves_only_complete_checkpoints(
             if error is DISK_FULL:
                 assert "The checkpoint of step 6" in str(raised.value) and "MiB free" in str(raised.value)
                 assert f"complete checkpoint is {folder / 'checkpoint-3'}" in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "advice", "counts_space"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "Free space on that disk", True),
+        (OSError(errno.EFBIG, "File too large"), "`ulimit -f`", False),
+        (SafetensorError(f"I/O error: File too large (os error {errno.EFBIG})"), "`ulimit -f`", False),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Raise the disk quota", False),
+    ],
+)
+def test_free_space_is_only_stated_where_it_helps(
+    error: Exception, advice: str, counts_space: bool, tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match="The student could not be written") as raised:
+        with checkpoints.explain_write_errors("The student", tmp_path):
+            raise error
+    message = str(raised.value)
+    assert advice in message and ("MiB free" in message) == ("Free space" in message) == counts_space
 
 
 def test_the_limit_counts_complete_checkpoints(tmp_path: Path) -> None:
