@@ -38,7 +38,7 @@ def counted_and_built(model, fixed=(), sample=SAMPLE):
     fields = find_size_fields(probe)
     counter = ParameterCounter(probe, fields)
     fixed = dict(fixed)
-    grid = ShapeEnumerator(fields, counter, fixed, fixed, 4, CacheMeter(torch.float32, 0, 0))._grid()
+    grid = ShapeEnumerator(fields, counter, fixed, fixed, 4, CacheMeter(torch.float32, 0, 0))._grid
     kept = np.ones(len(next(iter(grid.values()))), dtype=bool)
     for each in fields.of(SizeRole.DEPTH):  # blocks of several kinds count as their average
         kept &= grid[each.name] == each.size
