@@ -41,8 +41,9 @@ from examples.quickstart.output import RESULTS_NAME, check_output_dir, format_ta
 from hf_guide import AutoStudentForCausalLM, DistillationTrainer, find_shapes
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError, TeacherError
-from hf_guide.hub.metadata import DistillationRecord, save_record
+from hf_guide.hub.metadata import DistillationRecord
 from hf_guide.hub.model_card import write_model_card
+from hf_guide.hub.push import attach_record
 from hf_guide.hub.saved_model import copy_tokenizer_files
 from hf_guide.models.pretrained import load_config, load_processing_class, unreadable_as
 from hf_guide.utils.checksums import check_written_model
@@ -337,10 +338,10 @@ def save(
     results = {"options": public_value(dataclasses.asdict(args)), "rows": [dataclasses.asdict(row) for row in rows]}
     with atomic_folder(output, replaces=(output / RESULTS_NAME).is_file(), check=check_written_model) as folder:
         check_disk_space(folder, student.get_memory_footprint())
+        attach_record(student, record)
         student.save_pretrained(folder)
-        save_record(folder, record)
         copy_tokenizer_files(teacher, folder)
-        write_model_card(folder, student.initialization_report, record=record, model_id=output.resolve().name)
+        write_model_card(folder, student.initialization_report, model_id=output.resolve().name)
         (folder / RESULTS_NAME).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 Files never contain the teacher, a local path or a token.
 """
 
+import dataclasses
 import logging
 import os
 import shutil
@@ -22,9 +23,10 @@ from hf_guide.distillation.step_checks import StepCheckedTrainer
 from hf_guide.distillation.student_init import attach_saved_report, find_earlier_trainings
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError
-from hf_guide.hub.metadata import CARD_NAME, save_record
+from hf_guide.hub.metadata import CARD_NAME, DistillationRecord, save_record
 from hf_guide.hub.model_card import remove_local_paths, write_model_card
-from hf_guide.hub.push import attach_record, fetch_card
+from hf_guide.hub.push import attach_record, fetch_card, with_weights_of
+from hf_guide.hub.saved_model import is_saved_in, saved_weights_fingerprint
 from hf_guide.initialization.report import REPORT_NAME, TrainingSummary
 from hf_guide.models.code_references import clean_saved_folder
 from hf_guide.models.sentence_files import write_sentence_modules
@@ -70,6 +72,8 @@ class StudentFilesTrainer(StepCheckedTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if self.args.should_save:
             check_weights_finite(self.unwrapped_student if state_dict is None else state_dict)
+        # DeepSpeed saves a model without tensors where it cannot gather them.
+        has_weights = state_dict is None or bool(state_dict)  # saving empties it
         with redacted_training_args(self):
             super()._save(output_dir, state_dict)
         folder = Path(output_dir or self.args.output_dir or "")
@@ -80,9 +84,43 @@ class StudentFilesTrainer(StepCheckedTrainer):
             self._save_sentence_modules(folder)
             clean_saved_folder(folder)
             remove_local_paths(folder)
-        if self.args.should_save and self.distillation_objective.projections is not None:
-            if folder.name.startswith("checkpoint-"):  # resuming needs them; published files do not
-                self.distillation_objective.projections.save(folder)
+            is_checkpoint = folder.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-")
+            if is_checkpoint and self.distillation_objective.projections is not None:
+                self.distillation_objective.projections.save(folder)  # resuming needs them; published files do not
+            if not is_checkpoint:
+                self._save_record(folder, has_weights)
+
+    def _save_record(self, folder: Path, has_weights: bool) -> None:
+        """Write the record of the training into a folder of the student, with the fingerprint of the weights it has there."""
+        record = self.present_record()
+        if record is None:
+            return
+        record = with_weights_of(record, folder) if has_weights else record
+        save_record(folder, record)
+        if not self.is_in_train:  # otherwise the next steps change the weights
+            attach_record(self.unwrapped_student, record)
+
+    def present_record(self) -> DistillationRecord | None:
+        """Return the record of the student's trainings so far, on the data that its card names; None without any."""
+        attached: DistillationRecord | None = getattr(self.unwrapped_student, "distillation_record", None)
+        if attached is not None and self.state.global_step == 0:
+            return attached
+        record = build_training_record(self)
+        if attached is not None:
+            record.datasets, record.evaluated_on = attached.datasets, attached.evaluated_on
+            record.languages = attached.languages
+        return record if record.trainings else None
+
+    def _weights_in(self, folder: Path) -> str | None:
+        """Return the fingerprint of the student's present weights, if they were saved since they were last changed."""
+        student = self.unwrapped_student
+        attached: DistillationRecord | None = getattr(student, "distillation_record", None)
+        if self.is_in_train:
+            return None
+        if attached is not None and attached.weights is not None:
+            return attached.weights
+        is_current = not is_sharded(self.accelerator) and is_saved_in(student, folder)
+        return saved_weights_fingerprint(folder) if is_current else None
 
     def _save_sentence_modules(self, folder: Path) -> None:
         """Write the modules by which the student's hidden states become embeddings, or a cross-encoder's settings."""
@@ -118,7 +156,7 @@ class StudentFilesTrainer(StepCheckedTrainer):
             shutil.copyfile(report, folder / REPORT_NAME)
         else:
             (folder / REPORT_NAME).unlink(missing_ok=True)
-        record = build_training_record(self)
+        record = with_weights_of(build_training_record(self), checkpoint)
         save_record(folder, record)
         card = write_model_card(folder, record=record, model_id=repo_id, saved_in=checkpoint)
         self._seen_cards.add(card.read_bytes())
@@ -194,6 +232,7 @@ class StudentFilesTrainer(StepCheckedTrainer):
             evaluated_on=names,
             languages=_as_list(language),
         )
+        record.weights = self._weights_in(folder)
         save_record(folder, record)
         attach_record(self.unwrapped_student, record)
         # An adapter's folder has no report; the file's own has no path to the teacher's card.
@@ -225,13 +264,13 @@ class StudentFilesTrainer(StepCheckedTrainer):
         if not self.args.should_save:
             return
         tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        record = getattr(student, "distillation_record", None)
+        record = self.present_record()
 
         def add_files(folder: Path) -> None:
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             if record is not None:
-                save_record(folder, record)
+                save_record(folder, with_weights_of(dataclasses.replace(record, weights=None), folder))
             self._save_sentence_modules(folder)
             clean_saved_folder(folder)
 

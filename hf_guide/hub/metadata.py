@@ -106,6 +106,7 @@ class DistillationRecord:
         history: Evaluations during training, each with its "step".
         earlier: The trainings before this one, the first one first.
         hf_guide_version, transformers_version: Versions used for training; by default the installed ones.
+        weights: Fingerprint of the saved weights that the metrics are of, see `saved_weights_fingerprint`; None if not known.
 
     Raises:
         HfGuideError: A field holds a value that is not a string, number, list or mapping.
@@ -140,6 +141,7 @@ class DistillationRecord:
     earlier: list[TrainingSummary] = field(default_factory=list)
     hf_guide_version: str | None = None
     transformers_version: str | None = None
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         import transformers

@@ -5,6 +5,7 @@ only that section and our keys of the metadata. Does not: change other text of t
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
 import math
@@ -89,7 +90,8 @@ def write_model_card(
 
     An existing card keeps its text and metadata: only the section between `<!-- hf_guide:begin -->` and
     `<!-- hf_guide:end -->`, and our keys of the metadata, are replaced. A card without these comments gets the section at
-    its end. Results that the card lists for other weights, as the last drawing recorded, are removed with a warning.
+    its end. Results of other weights than those in the folder, as the last drawing and the record show, are left out, with a
+    warning when these weights are first found.
 
     Args:
         folder: Folder of the saved student.
@@ -141,7 +143,17 @@ def write_model_card(
     saved = SavedModel.read(saved_in)
     student_class = saved.stock_class or _class_from_records(report, record)
     former, weights = _recorded_weights(card), saved_weights_fingerprint(saved_in)
-    _remove_former_results(data, former, weights, path)
+    removed = _remove_former_results(data, former, weights, path)
+    is_changed = record is not None and None not in (record.weights, weights) and record.weights != weights
+    if record is not None and is_changed:
+        if record.metrics and former != weights and not removed:
+            logger.warning(
+                "The results in %s were measured on other weights than the student has now: it was trained further or edited "
+                "by something other than hf_guide. They are not in %s. Evaluate it again, and add the new ones.",
+                folder / RECORD_NAME,
+                path,
+            )
+        record = dataclasses.replace(record, metrics={})
     _remove_local_base_models(data)
     record_results = to_eval_results(record) if record is not None else []
     merge_metadata(
@@ -171,6 +183,7 @@ def write_model_card(
         weights=weights or former,
         student_class=student_class,
         results=_results_table(rows),
+        is_changed=is_changed,
         **_license_values(data, sources),
         **_report_and_record_values(report, record, teachers, draw_plots(report, record, folder)),
         student_size=_format_student_size(report, record, saved_in),
@@ -365,19 +378,20 @@ def _remove_local_base_models(data: CardData) -> None:
         data["tags"] = [tag for tag in as_list(data.get("tags")) if tag not in local_tags] or None
 
 
-def _remove_former_results(data: CardData, former: str | None, weights: str | None, path: Path) -> None:
-    """Remove a card's results if they were measured on other weights than those that are saved now.
+def _remove_former_results(data: CardData, former: str | None, weights: str | None, path: Path) -> bool:
+    """Remove a card's results if they were measured on other weights than those that are saved now; return whether it had any.
 
     Both are fingerprints; without either it is not known, and the results stay.
     """
     if former is None or weights is None or former == weights or not data.get(MODEL_INDEX):
-        return
+        return False
     logger.warning(
         "The results in the metadata of %s were measured on other weights than the student has now, and are removed: %s. "
         "Evaluate it again, and add the new ones.",
         path,
         data.pop(MODEL_INDEX),
     )
+    return True
 
 
 def _recorded_weights(card: RepoCard | None) -> str | None:

@@ -5,6 +5,7 @@ upload all of it in one commit. Does not: change the student's class, or what th
 """
 
 import copy
+import dataclasses
 import inspect
 import logging
 import os
@@ -35,6 +36,7 @@ from transformers.utils import PushToHubMixin
 from hf_guide.errors import OptionError
 from hf_guide.hub.metadata import CARD_NAME, RECORD_NAME, DistillationRecord, check_repo_id, read_card, save_record
 from hf_guide.hub.model_card import PLOT_NAME, TRAINING_PLOT_NAME, is_default_template, write_model_card
+from hf_guide.hub.saved_model import saved_weights_fingerprint, stores_float16
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.models.code_references import clean_saved_folder
 from hf_guide.models.sentence_files import write_sentence_modules
@@ -248,6 +250,17 @@ def attach_record(student: PreTrainedModel, record: DistillationRecord | None) -
     student.distillation_record = record  # type: ignore[assignment]
 
 
+def with_weights_of(record: DistillationRecord, folder: Path) -> DistillationRecord:
+    """Return a record with the fingerprint of the weights that are saved in a folder, if it has none yet.
+
+    One that it has stays: where it differs, the weights were changed since the record was made, and what reads both sees it.
+    Only a cast to float16 can change the fingerprint of the same weights, so it is replaced there.
+    """
+    weights = saved_weights_fingerprint(folder)
+    is_known = record.weights is not None and not (record.weights != weights and stores_float16(folder))
+    return record if is_known else dataclasses.replace(record, weights=weights)
+
+
 def save_student(
     student: PreTrainedModel,
     save: Callable[..., Any],
@@ -298,7 +311,7 @@ def save_student(
                 report.save(new)
             record = getattr(student, "distillation_record", None)
             if record is not None:
-                save_record(new, record)
+                save_record(new, with_weights_of(record, new))
             tokenizer = attached_tokenizer(student)
             if tokenizer is not None:
                 tokenizer.save_pretrained(new)

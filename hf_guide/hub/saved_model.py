@@ -8,11 +8,13 @@ import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING_NAMES
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME
@@ -113,22 +115,50 @@ def stored_sizes(folder: Path) -> dict[str, int]:
 def saved_weights_fingerprint(folder: Path) -> str | None:
     """Return a hash of a sample of the values of each tensor in a folder's weights, of a model or an adapter.
 
-    It does not depend on how they are divided into files. None where there are no weights, or only a pointer to them.
+    It does not depend on how they are divided into files. None where there are no weights, or only a pointer to them; or both
+    a model and an adapter, of which one is left from another student.
     """
-    try:
-        files = find_safetensors(str(folder), {}) if folder.is_dir() else None
-        files = files or [str(path) for path in [folder / ADAPTER_SAFE_WEIGHTS_NAME] if path.is_file()]
-        with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-            tensors = {name: file for file in opened for name in file.keys()}
-            return (
-                tensors_fingerprint((name, tensors[name].get_tensor(name)) for name in sorted(tensors))
-                if tensors
-                else None
+    with _saved_tensors(folder) as tensors:
+        return _fingerprint_of_files(tensors) if tensors else None
+
+
+def is_saved_in(model: nn.Module, folder: Path) -> bool:
+    """Whether a folder's weights are those that a model has in memory now, as far as the names of its tensors show it."""
+    with _saved_tensors(folder) as tensors:
+        state = model.state_dict() if tensors else {}
+        return (
+            bool(tensors)
+            and tensors.keys() <= state.keys()
+            and (
+                tensors_fingerprint((name, state[name]) for name in sorted(tensors)) == _fingerprint_of_files(tensors)
             )
-    except (TeacherError, SafetensorError) as error:
-        logger.info("The student's weights are not read: %s", error)
-        return None
+        )
+
+
+def stores_float16(folder: Path) -> bool:
+    """Whether a tensor of a folder's weights is in float16, in which it may have another fingerprint than before the cast."""
+    with _saved_tensors(folder) as tensors:
+        return any(file.get_slice(name).get_dtype() == "F16" for name, file in tensors.items())
+
+
+@contextlib.contextmanager
+def _saved_tensors(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the open files of a folder's weights by the names of their tensors; empty if the files are ambiguous."""
+    tensors: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
+        try:
+            files = find_safetensors(str(folder), {}) if folder.is_dir() else None
+            adapter = [str(path) for path in [folder / ADAPTER_SAFE_WEIGHTS_NAME] if path.is_file()]
+            opened = [stack.enter_context(safe_open(file, framework="pt")) for file in files or adapter]
+            if not (files and adapter):
+                tensors = {name: file for file in opened for name in file.keys()}
+        except (TeacherError, SafetensorError) as error:
+            logger.info("The student's weights are not read: %s", error)
+        yield tensors
+
+
+def _fingerprint_of_files(tensors: dict[str, Any]) -> str:
+    return tensors_fingerprint((name, tensors[name].get_tensor(name)) for name in sorted(tensors))
 
 
 def _processor_class(folder: Path, config: dict[str, Any]) -> str | None:

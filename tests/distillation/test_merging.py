@@ -359,7 +359,8 @@ def test_a_student_made_of_its_teacher_and_adapted_is_merged_into_as_whole_a_fol
             trainer.save_merged_model(folders[1])
     whole, merged = ({path.name for path in folder.iterdir()} for folder in folders)
     assert "initialization_report.json" in whole and "tokenizer.json" in whole
-    assert whole - merged == {"training_args.bin"} and merged - whole == {"distillation.json"}
+    assert whole - merged == {"training_args.bin"} and not merged - whole
+    assert "distillation.json" in merged
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".partial")] == []
     model = AutoModelForCausalLM.from_pretrained(folders[1])
     assert model.config.tie_word_embeddings is False

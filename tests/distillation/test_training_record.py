@@ -15,6 +15,7 @@ from hf_guide import DistillationTrainer, InitializationReport, from_teacher
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.hub.metadata import load_record
 from hf_guide.hub.model_card import write_model_card
+from hf_guide.hub.saved_model import saved_weights_fingerprint
 from tests.distillation.small import collate, examples_for, llama
 from tests.distillation.test_trainer import arguments
 from tests.fake_hub import fake_hub
@@ -140,6 +141,9 @@ def test_a_pushed_checkpoint_has_a_card_of_its_own(tmp_path: Path) -> None:
     assert "My own words." in card and "Length: 2 steps" in card
     assert "0.75" not in card and "77" not in card and "initialized" not in card
     assert json.loads(files["distillation.json"])["steps"] == 2 and "initialization_report.json" not in files
+    pushed = pull(hub, "me/student", tmp_path / "pulled")
+    assert load_record(pushed).weights == saved_weights_fingerprint(pushed)
+    assert load_record(pushed).weights is not None
 
 
 LOAD = """
@@ -191,6 +195,7 @@ def test_a_pushed_student_is_stock_and_gives_the_trainers_own_figure(tmp_path: P
     assert not any(str(tmp_path) in report.read_text() for report in reports)
     record = json.loads((pushed / "distillation.json").read_text())
     assert record["losses"] == {"ce": 0.5, "kd": 0.5} and record["steps"] == 4
+    assert record["weights"] is not None and record["weights"] == saved_weights_fingerprint(pushed)
     assert [entry["step"] for entry in record["history"]] == [2, 4], "the last evaluation is of the same step again"
 
 
