@@ -111,11 +111,17 @@ def find_earlier_trainings(student: Any, *, token: str | bool | None = None) -> 
         student: Any model, with or without an adapter; None has none.
         token: Access token of the Hub.
     """
+    record = find_record(student, token=token)
+    return record.trainings if record is not None else []
+
+
+def find_record(student: Any, *, token: str | bool | None = None) -> DistillationRecord | None:
+    """Return the record of a student's training, or the one of the folder or repository that it was loaded from."""
     base = without_adapter(student)
     record: Any = getattr(student, "distillation_record", None)
     if record is None and isinstance(base, PreTrainedModel):
         record = _saved_file(base, RECORD_NAME, load_record, token)
-    return record.trainings if isinstance(record, DistillationRecord) else []
+    return record if isinstance(record, DistillationRecord) else None
 
 
 _Record = TypeVar("_Record", InitializationReport, DistillationRecord)

@@ -8,6 +8,7 @@
 """
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,13 +27,16 @@ from transformers import (
 )
 
 from hf_guide.distillation.mixin import DistillationMixin
+from hf_guide.distillation.student_init import attach_saved_report, find_record
 from hf_guide.distillation.subclass_logits import class_logits
 from hf_guide.distillation.training_record import build_training_record
 from hf_guide.errors import OptionError, TaskError
 from hf_guide.hub.metadata import SUBCLASS_HEAD_AGREEMENT, DistillationRecord
 from hf_guide.hub.model_card import write_model_card
 from hf_guide.hub.push import attach_record, save_student
+from hf_guide.hub.saved_model import is_saved_in, saved_weights_fingerprint
 from hf_guide.initialization.subclass_head import get_num_subclasses
+from hf_guide.lelp import modeling_subclass
 from hf_guide.lelp.modeling_subclass import (
     SubclassConfig,
     SubclassModel,
@@ -143,6 +147,7 @@ def save_subclass_student(
         processing_class = processing_class or student.processing_class
         student = _student_with_record(student)
     check_subclass_student(student)
+    _attach_saved_records(student)
     model: PreTrainedModel = student
     if export_format is ExportFormat.REMOTE_CODE:
         model = with_class_logits(student)
@@ -175,8 +180,22 @@ def _check_export_format(export_format: str | ExportFormat) -> str:
 def _student_with_record(trainer: DistillationMixin) -> PreTrainedModel:
     """Return the student of a trainer, with the record of its run."""
     student: PreTrainedModel = trainer.accelerator.unwrap_model(trainer.model, keep_torch_compile=False)
-    attach_record(student, build_training_record(trainer))
+    attach_record(student, trainer.present_record() or build_training_record(trainer))
     return student
+
+
+def _attach_saved_records(student: PreTrainedModel) -> None:
+    """Attach the report and the record of the folder that a student was loaded from, if it has none.
+
+    The record's metrics are left out where they are not of the weights that the student has in memory.
+    """
+    attach_saved_report(student)
+    record = find_record(student)
+    if record is None or getattr(student, "distillation_record", None) is not None:
+        return
+    folder = Path(student.name_or_path or "").expanduser()
+    is_same = is_saved_in(student, folder) and record.weights in (None, saved_weights_fingerprint(folder))
+    attach_record(student, record if is_same else dataclasses.replace(record, metrics={}))
 
 
 def with_class_logits(student: PreTrainedModel) -> SubclassModel:
@@ -196,13 +215,27 @@ def _save_with_records(student: PreTrainedModel, model: PreTrainedModel, folder:
         record = getattr(student, name, None)
         if record is not None and getattr(model, name, None) is None:
             setattr(model, name, record)
+    training: Any = getattr(model, "distillation_record", None)
+    if model is not student and training is not None:
+        # Its tensors have other names than the student's, whose fingerprint is not theirs.
+        attach_record(model, dataclasses.replace(training, weights=None))
     with staged_update(folder) as staged:
         save_student(model, type(model).save_pretrained, staged)
         if processing_class is not None:
             processing_class.save_pretrained(staged)
             clean_saved_folder(staged)
+    if not isinstance(model, SubclassModel):
+        _remove_code_of_earlier_export(folder)
     if any(getattr(model, name, None) is not None for name in records):
         write_model_card(folder, getattr(model, "initialization_report", None))
+
+
+def _remove_code_of_earlier_export(folder: Path) -> None:
+    """Remove the code that an export as "remote_code" has left in a folder, unless someone has changed it."""
+    ours = Path(modeling_subclass.__file__)
+    left = folder / ours.name
+    if left.is_file() and left.read_bytes() == ours.read_bytes():
+        left.unlink()
 
 
 @dataclass(frozen=True)
@@ -305,7 +338,12 @@ def refit_class_head(
         0.0 if head.bias is None else head.bias.detach().double().cpu()
     )
     agreement = (logits.argmax(1) == held_exact.argmax(1)).double().mean().item()
-    model.distillation_record = _refit_record(student, model, agreement)  # type: ignore[assignment]
+    measured_on = (
+        f"held-out {held_out:.0%} of the refit's dataset" if eval_dataset is None else "the refit's eval_dataset"
+    )
+    model.distillation_record = _refit_record(  # type: ignore[assignment]
+        student, model, agreement, f"{measured_on} ({len(held_features):,} examples)"
+    )
     return RefitResult(model, agreement, len(held_features))
 
 
@@ -394,9 +432,14 @@ def _replace_head(student: PreTrainedModel, classifier: nn.Linear, weight: Tenso
     return model
 
 
-def _refit_record(student: PreTrainedModel, model: PreTrainedModel, agreement: float) -> DistillationRecord:
+def _refit_record(
+    student: PreTrainedModel, model: PreTrainedModel, agreement: float, measured_on: str
+) -> DistillationRecord:
+    """Return the record of a student's training, with the agreement as its only metric: the others are of another head."""
     training_record = getattr(student, "distillation_record", None)
     record = copy.deepcopy(training_record) if training_record is not None else DistillationRecord()
     record.student_class, record.student_parameters = type(model).__name__, model.num_parameters()
-    record.metrics = {SUBCLASS_HEAD_AGREEMENT: agreement, **record.metrics}
+    record.metrics, record.evaluated_on = {SUBCLASS_HEAD_AGREEMENT: agreement}, measured_on
+    record.teacher_metrics, record.random_metrics = {}, {}
+    record.weights = None
     return record

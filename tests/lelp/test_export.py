@@ -273,6 +273,64 @@ def test_the_card_of_a_trainers_student_describes_its_run_and_labels(tmp_path: P
     assert "refitted to one row per class" in cards["refit_head"]
 
 
+@pytest.fixture
+def distilled(tmp_path: Path) -> Path:
+    """Return the folder of a student with subclasses that a trainer has trained, evaluated and saved."""
+    data = with_targets(examples_for(TEXT, 16), some_targets(16))
+    student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
+    args = arguments(tmp_path / "run", losses="lelp", max_steps=2, eval_strategy="steps", eval_steps=2)
+    trainer = DistillationTrainer(student, args, collate, data, data)
+    trainer.train()
+    trainer.save_model()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("split", ["held out", "eval_dataset"])
+def test_a_refitted_head_has_no_metrics_of_the_head_that_it_replaces(
+    split: str, distilled: Path, tmp_path: Path
+) -> None:
+    student = AutoModelForSequenceClassification.from_pretrained(distilled)
+    former = load_record(distilled)
+    assert former.metrics["eval_loss"] and former.teacher_metrics == {}
+    others = examples_for(TEXT, 30, seed=4) if split == "eval_dataset" else None
+    options: dict[str, Any] = {"dataset": examples_for(TEXT, 40), "eval_dataset": others, "data_collator": collate}
+    save_subclass_student(student, tmp_path / "export", "refit_head", show_progress=False, **options)
+    record = load_record(tmp_path / "export")
+    assert list(record.metrics) == [SUBCLASS_HEAD_AGREEMENT] and record.losses == former.losses
+    name = "the refit's eval_dataset (30 examples)" if others else "held-out 20% of the refit's dataset (8 examples)"
+    assert record.evaluated_on == name
+    table = [line for line in (tmp_path / "export" / "README.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(table) == 2 and name in table[1] and "agreement" in table[1]
+
+
+@pytest.mark.parametrize("export_format", ["remote_code", "subclass_head"])
+def test_an_export_that_computes_the_same_keeps_the_metrics(
+    export_format: str, distilled: Path, tmp_path: Path
+) -> None:
+    student = AutoModelForSequenceClassification.from_pretrained(distilled)
+    save_subclass_student(student, tmp_path / "export", export_format)
+    former, record = load_record(distilled), load_record(tmp_path / "export")
+    assert record.metrics == former.metrics and record.trainings == former.trainings
+    with torch.no_grad():
+        student.classifier.weight.add_(1.0)
+    del student.distillation_record
+    save_subclass_student(student, tmp_path / "changed", export_format)
+    record = load_record(tmp_path / "changed")
+    assert not record.metrics and record.trainings == former.trainings, "the student is not the one of its folder"
+
+
+def test_an_export_of_another_format_removes_the_code_of_the_one_before(tmp_path: Path) -> None:
+    student = student_of(TEXT)
+    save_subclass_student(student, tmp_path, "remote_code")
+    code = tmp_path / "modeling_subclass.py"
+    assert code.is_file()
+    save_subclass_student(student, tmp_path, "subclass_head")
+    assert not code.exists()
+    code.write_text("# Mine.\n")
+    save_subclass_student(student, tmp_path, "subclass_head")
+    assert code.read_text() == "# Mine.\n"
+
+
 def test_without_a_record_the_card_describes_no_training(tmp_path: Path) -> None:
     student = from_teacher(teacher_of(TEXT), num_subclasses=SUBCLASSES, show_progress=False)
     options: dict[str, Any] = {"dataset": examples_for(TEXT, 16), "data_collator": collate, "show_progress": False}
