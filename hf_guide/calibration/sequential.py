@@ -309,23 +309,27 @@ class SequentialBlocks:
             if self.weights is not None:
                 stack.enter_context(self.weights.held(block))
             if recorder is not None:
-                self.recorded[self.next] = stack.enter_context(recorder.record(block, self.hidden_states))
-            outputs = self.hidden_states  # each is replaced, unless it is needed once more
-            if recorder is not None or is_recorded:
-                outputs = Streams(StreamStore(0))
+                inputs = stack.enter_context(recorder.record(block, self.hidden_states))
+                outputs = recorder.new_streams()
+            else:  # each is replaced, unless it is needed once more
+                outputs = Streams(self.store) if is_recorded else self.hidden_states
             for batch in range(len(self.batches)):
                 if begin is not None:
                     begin(batch)
                 output = self.run_block(self.next, batch, self.hidden_states[batch])
                 if outputs is self.hidden_states:
                     outputs[batch] = output
-                else:
-                    outputs.append(output)
+                    continue
+                if recorder is not None and recorder.append(outputs, output):
+                    continue
+                if recorder is not None:  # its files cannot be written
+                    outputs, recorder = Streams(self.store, outputs), None
+                outputs.append(output)
         return_freed_memory()
+        if recorder is not None:
+            self.recorded |= {self.next: inputs, self.next + 1: {BLOCK_INPUT: outputs}}
         self.hidden_states = outputs
         self.next += 1
-        if recorder is not None:
-            self.recorded[self.next] = {BLOCK_INPUT: outputs}
 
     def take_recorded(self, names: Sequence[str] = ()) -> dict[str, Streams] | None:
         """Return what modules of the next block were called with, and go on after it; None if that was not recorded."""

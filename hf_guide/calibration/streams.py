@@ -9,7 +9,7 @@ import io
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -95,13 +95,20 @@ class StreamStore:
 
 
 class Streams:
-    """One tensor for each batch, such as the hidden states before a block; a list that may be on the disk."""
+    """One tensor for each batch, such as the hidden states before a block; a list that may be on the disk.
 
-    def __init__(self, store: StreamStore | None = None):
+    Args:
+        store: Where they are kept; None is in memory.
+        tensors: The first ones.
+    """
+
+    def __init__(self, store: StreamStore | None = None, tensors: Iterable[Tensor] = ()):
         self._store = store
         self._entries: list[Tensor | _Stored] = []
         self._file: io.FileIO | None = None
         self._size = self._reserved = 0
+        for tensor in tensors:
+            self.append(tensor)
 
     def __len__(self) -> int:
         return len(self._entries)
