@@ -4,14 +4,18 @@ The folder holds `calibration.json`, which records the call; `statistics-*.safet
 process has summed so far, and over how many blocks; `step-*.safetensors`, the weights that one step of the refit solved
 for; and `generated_text.safetensors` where the teacher generated the calibration text. Apart from that text, no size depends
 on the number of tokens: hidden states between blocks are not saved, blocks that are refitted already are run again.
+
+A teacher in memory is recognised by all of its values; one in files by a sample of its values and by the files' sizes and
+times, because reading all of a large one takes as long as a pass.
 """
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +27,17 @@ from hf_guide.calibration.batches import Batch
 from hf_guide.calibration.config import CalibratedConfig
 from hf_guide.errors import OptionError
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
+from hf_guide.teachers.tensor_source import TensorSource
 from hf_guide.utils.checksums import DamagedFileError, read_json, read_tensors, write_json, write_tensors
-from hf_guide.utils.distributed import all_reduce_scalar, rank_and_world_size
-from hf_guide.utils.fingerprint import comparable_config, tensors_fingerprint
+from hf_guide.utils.distributed import all_gather_values, all_reduce_scalar, rank_and_world_size
+from hf_guide.utils.fingerprint import comparable_config, exact_fingerprint, tensors_fingerprint
 from hf_guide.utils.resumable import ResumableFolder, resumable_write
 from hf_guide.version import __version__
 
 OPTION = "calibration_cache_dir"
 MANIFEST_NAME = "calibration.json"
 TEXT_NAME = "generated_text.safetensors"
-FORMAT = 7
+FORMAT = 8
 
 SECONDS_BETWEEN_SAVES = 60.0
 """Statistics, as large as a few of the teacher's weights, are saved no more often than this."""
@@ -67,9 +72,12 @@ def describe_call(
 
 def describe_data(teacher: TeacherCheckpoint, batches: Sequence[Batch]) -> dict[str, Any]:
     """Return what the statistics depend on in addition: the teacher's weights, the data, and the number of processes."""
-    weights = teacher.weights
+    weights, files = teacher.weights, _describe_files(teacher.weights)
+    names = sorted(weights.keys())
     return {
-        "teacher_weights": tensors_fingerprint((name, weights.get(name)) for name in sorted(weights.keys())),
+        "teacher_weights": tensors_fingerprint((name, weights.get(name)) for name in names),
+        "teacher_values": "in files" if files else exact_fingerprint((name, weights.get(name)) for name in names),
+        "teacher_files": files,
         "calibration_data": data_fingerprint(batches),
         "batches": len(batches),
         "processes": rank_and_world_size()[1],
@@ -79,12 +87,16 @@ def describe_data(teacher: TeacherCheckpoint, batches: Sequence[Batch]) -> dict[
 
 def data_fingerprint(batches: Sequence[Batch]) -> str:
     """Return a hash of all values of all batches, in their order."""
-    digest = blake2b(digest_size=16)
-    for batch in batches:
-        for name, tensor in sorted(batch.items()):
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return exact_fingerprint(item for batch in batches for item in sorted(batch.items()))
+
+
+def _describe_files(weights: TensorSource) -> dict[str, list[list[int]]]:
+    """Return the teacher's weight files by name, each with its size and time; several where processes read copies of it."""
+    here = {(os.path.basename(each.file), each.size, each.modified) for each in weights.file_states()}
+    found: dict[str, list[list[int]]] = {}
+    for name, size, modified in sorted(set().union(*all_gather_values(here))):
+        found.setdefault(name, []).append([size, modified])
+    return found
 
 
 @dataclass
@@ -115,7 +127,10 @@ class CalibrationCheckpoint:
         folder.check()
         manifest = json.loads(json.dumps({"format": FORMAT, **call}, default=str))
         folder.begin(lambda: write_json(path / MANIFEST_NAME, manifest))
-        folder.check_same_call(_read_manifest(path), manifest)
+        recorded = _read_manifest(path)
+        files_then, files_now = recorded.pop("teacher_files", {}), manifest.pop("teacher_files", {})
+        folder.check_same_call(recorded, manifest)
+        _check_same_files(path, files_then, files_now)
         steps = {each.name[len("step-") : -len(".safetensors")] for each in path.glob("step-*.safetensors")}
         if all_reduce_scalar(len(steps)) != len(steps) * rank_and_world_size()[1]:
             raise _not_shared(path)
@@ -178,6 +193,34 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     if not has_checksum:
         raise OptionError(f"{file} is damaged: it has no checksum of its own. Name a new folder.")
     return manifest
+
+
+def _check_same_files(path: Path, recorded: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Check that the teacher's files were not written since the folder was begun.
+
+    Raises:
+        OptionError: One was, or is a copy that has another time; states both times, and what to do.
+    """
+    name = next((name for name in sorted({*recorded, *found}) if recorded.get(name) != found.get(name)), None)
+    if name is None:
+        return
+    advice = "Repeat the call with that file, or name a new folder."
+    if name in recorded and name in found:
+        time_then = _format_time(recorded[name][0][1])
+        advice += f" If it has the same values, as a copy has, set its time: touch -d '{time_then}' {name}."
+    raise OptionError(
+        f"{OPTION} {path} was begun with another {name} of the teacher: {_format_states(recorded.get(name))} then, "
+        f"{_format_states(found.get(name))} now, so that a student would be made of two teachers. {advice}"
+    )
+
+
+def _format_states(states: Sequence[Sequence[int]] | None) -> str:
+    return " and ".join(f"{size} bytes of {_format_time(time)}" for size, time in states) if states else "no such file"
+
+
+def _format_time(nanoseconds: int) -> str:
+    seconds, rest = divmod(nanoseconds, 10**9)
+    return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M:%S}.{rest:09d} UTC"
 
 
 def _not_shared(path: Path) -> OptionError:

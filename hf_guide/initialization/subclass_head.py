@@ -20,7 +20,7 @@ from hf_guide.models.model_classes import meta_model
 from hf_guide.models.penultimate import find_classifier
 from hf_guide.tasks import OutputKind, Task, output_kind, task_of
 from hf_guide.teachers.checkpoint import TeacherCheckpoint
-from hf_guide.teachers.tensor_source import TensorSource
+from hf_guide.teachers.tensor_source import FileState, TensorSource
 from hf_guide.utils.labels import config_class_names, subclass_names
 from hf_guide.validation import check_integer
 
@@ -215,8 +215,8 @@ class _OverriddenTensors(TensorSource):
         if name not in self.head:
             self.weights.prefetch(name)
 
-    def check_unchanged(self) -> None:
-        self.weights.check_unchanged()
+    def file_states(self) -> Collection[FileState]:
+        return self.weights.file_states()
 
 
 def widen_teacher_head(

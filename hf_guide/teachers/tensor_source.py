@@ -53,13 +53,18 @@ class TensorSource(Protocol):
         """Return names in the order in which their tensors are read fastest: that of a file."""
         return list(names)
 
+    def file_states(self) -> "Collection[FileState]":
+        """Return the files that are read, as they were opened; none of a model in memory."""
+        return ()
+
     def check_unchanged(self) -> None:
         """Check that the files are still those that were opened.
 
         Raises:
             TeacherError: One was replaced or written to since; it is named.
         """
-        return
+        for state in self.file_states():
+            state.check_unchanged()
 
 
 class OtherVocabularyTensors(TensorSource):
@@ -95,9 +100,9 @@ class OtherVocabularyTensors(TensorSource):
         """Have the system read a tensor of the other source."""
         self.weights.prefetch(name)
 
-    def check_unchanged(self) -> None:
-        """Check the files of the other source."""
-        self.weights.check_unchanged()
+    def file_states(self) -> "Collection[FileState]":
+        """Return the files of the other source."""
+        return self.weights.file_states()
 
 
 class InMemoryTensors(TensorSource):
@@ -203,11 +208,9 @@ class FileState:
         except OSError as error:
             raise unreadable_file_error(self.file, error) from error
         if now != self:
-            what = (
-                f"from {self.size} to {now.size} bytes" if now.size != self.size else f"though it has {now.size} bytes"
-            )
+            what = f"from {self.size} to {now.size}" if now.size != self.size else f"though it still has {now.size}"
             raise TeacherError(
-                f"{self.file} has changed since it was opened, {what} still: a student would be made of two checkpoints. "
+                f"{self.file} has changed since it was opened, {what} bytes: a student would be made of two checkpoints. "
                 "Wait until the checkpoint is written, then run the call again."
             )
 
@@ -330,10 +333,9 @@ class SafetensorsTensors(TensorSource):
             except OSError as error:
                 raise unreadable_file_error(stored.file, error) from error
 
-    def check_unchanged(self) -> None:
-        """Check that every file has the size, the time and the inode with which it was opened."""
-        for state in {stored.state for each in self._tensors.values() for stored, _ in each.parts(None)}:
-            state.check_unchanged()
+    def file_states(self) -> Collection[FileState]:
+        """Return every file that has a tensor of the model, with the size, the time and the inode of when it was opened."""
+        return {stored.state for each in self._tensors.values() for stored, _ in each.parts(None)}
 
     def in_file_order(self, names: Iterable[str]) -> list[str]:
         """Return names in the order in which their tensors are stored."""

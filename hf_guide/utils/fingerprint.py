@@ -1,6 +1,7 @@
 """Fingerprints of models and tokenizers: hashes that are cheap for large models.
 
-A fingerprint distinguishes models by their shapes and a sample of their values. It does not detect deliberate changes.
+A fingerprint distinguishes models by their shapes and a sample of their values. It does not detect that some values were
+changed, on purpose or by training a few rows; `exact_fingerprint`, which reads all values, does.
 """
 
 import copy
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from hf_guide.utils.checksums import Checksum
 from hf_guide.utils.public_names import without_private_keys
 
 SAMPLES_PER_TENSOR = 64
@@ -55,6 +57,22 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(_sampled_bytes(tensor))
     return digest.hexdigest()
+
+
+def exact_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a hash of named tensors, in this order: each one's name, shape, dtype and all of its values.
+
+    Example:
+        >>> table = torch.zeros(1000, 8)
+        >>> edited = table.index_fill(0, torch.tensor([7]), 1.0)
+        >>> exact_fingerprint([("table", table)]) == exact_fingerprint([("table", edited)])
+        False
+    """
+    checksum = Checksum()
+    for name, tensor in tensors:
+        checksum.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        checksum.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return checksum.hexdigest()
 
 
 def files_fingerprint(folder: str | os.PathLike[str]) -> str | None:

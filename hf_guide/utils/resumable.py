@@ -19,7 +19,7 @@ from hf_guide.utils.files import check_can_create, is_partial, remove_stale_part
 
 MAX_LISTED = 5
 MAX_REPR = 60
-TEACHER_ENTRIES = ("teacher_class", "teacher_config", "teacher_weights")
+TEACHER_ENTRIES = ("teacher_class", "teacher_config", "teacher_weights", "teacher_values")
 """Entries of manifests that are of the teacher itself; if they differ, so do others that depend on it."""
 
 

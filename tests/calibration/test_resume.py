@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from hf_guide import OptionError, find_shapes, from_teacher
 from hf_guide.calibration import reconstruction, resume, statistics
@@ -20,8 +23,10 @@ from hf_guide.calibration.sequential import SequentialBlocks, SequentialModel
 from hf_guide.cli.main import main
 from hf_guide.utils import files
 from hf_guide.utils.checksums import write_json
+from hf_guide.utils.fingerprint import SAMPLES_PER_TENSOR, tensors_fingerprint
 from hf_guide.utils.resumable import MAX_LISTED
 from tests.calibration.small_students import SMALLER, kind_batches, token_batches
+from tests.calibration.small_students import make_student as make_small_student
 from tests.invariants.test_laws import layout_of
 from tests.tiny import KINDS, same_bits
 
@@ -213,6 +218,66 @@ def test_another_call_is_an_error_that_names_what_differs(change: dict[str, Any]
         make()
 
 
+def edit(tensors: dict[str, torch.Tensor], name: str) -> None:
+    """Change values between two that fingerprints sample, as training a few rows does in a large tensor."""
+    sampled = torch.linspace(0, tensors[name].numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
+    with torch.no_grad():
+        tensors[name].view(-1)[sampled[30] + 1 : sampled[31]] *= 1.25
+
+
+EDITED = ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"]
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_an_edited_file_of_the_teacher_is_an_error(name: str, tmp_path: Path) -> None:
+    """The former file continues once it has its former time, as the error advises."""
+    KINDS["llama"].teacher().save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "teacher" / "model.safetensors"
+    weights, size, time = tensors_fingerprint(load_file(path).items()), path.stat().st_size, path.stat().st_mtime_ns
+
+    def make() -> Any:
+        return make_small_student(tmp_path / "teacher", folder=tmp_path / "cache")
+
+    expected, content, tensors = make(), path.read_bytes(), load_file(path)
+    edit(tensors, name)
+    assert tensors_fingerprint(tensors.items()) == weights, "no sampled value is of the edit"
+    save_file(tensors, path, {"format": "pt"})
+    os.utime(path, ns=(time, time + 1))
+    assert path.stat().st_size == size
+    with pytest.raises(
+        OptionError, match=r"another model\.safetensors of the teacher: \d+ bytes of .* UTC then"
+    ) as found:
+        make()
+    path.write_bytes(content)
+    with pytest.raises(OptionError, match="another model.safetensors"):
+        make()
+    command = re.search(r"touch -d '.*' model.safetensors", str(found.value))
+    assert command is not None
+    subprocess.run(command[0], cwd=path.parent, shell=True, check=True)
+    assert same_bits(make(), expected)
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_an_edited_teacher_in_memory_is_an_error(name: str, tmp_path: Path) -> None:
+    teacher = KINDS["llama"].teacher()
+    make_small_student(teacher, folder=tmp_path)
+    edit(teacher.state_dict(), name)
+    with pytest.raises(OptionError, match="another teacher: teacher_values is '"):
+        make_small_student(teacher, folder=tmp_path)
+
+
+def test_a_moved_folder_of_the_teacher_continues_and_a_loaded_teacher_does_not(tmp_path: Path) -> None:
+    KINDS["llama"].teacher().save_pretrained(tmp_path / "teacher", max_shard_size="40KB")
+    expected = make_small_student(tmp_path / "teacher", folder=tmp_path / "cache")
+    (tmp_path / "teacher").rename(tmp_path / "moved")
+    assert same_bits(make_small_student(tmp_path / "moved", folder=tmp_path / "cache"), expected)
+    with pytest.raises(OptionError, match="teacher_values is 'in files' there and "):
+        make_small_student(KINDS["llama"].teacher(), folder=tmp_path / "cache")
+    KINDS["llama"].teacher().save_pretrained(tmp_path / "whole")
+    with pytest.raises(OptionError, match=r"another model-00001-of-\d+\.safetensors .* then, no such file now"):
+        make_small_student(tmp_path / "whole", folder=tmp_path / "cache")
+
+
 @pytest.mark.parametrize("sizes", [SMALLER, {"num_parameters": "40%"}], ids=["sizes", "budget"])
 def test_a_folder_in_the_home_folder(sizes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -325,9 +390,9 @@ def test_the_manifest_is_json_and_the_rest_safetensors(tmp_path: Path) -> None:
 def test_a_folder_of_an_earlier_format_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     write_json(tmp_path / "calibration.json", {"format": 3})
     with pytest.raises(
-        OptionError, match="has format 3.*reads format 7.*Finish it with that version, or remove the folder"
+        OptionError, match="has format 3.*reads format 8.*Finish it with that version, or remove the folder"
     ):
         make_student("llama", tmp_path)
-    (tmp_path / "calibration.json").write_text('{"format": 7}')
+    (tmp_path / "calibration.json").write_text('{"format": 8}')
     with pytest.raises(OptionError, match="damaged: it has no checksum"):
         make_student("llama", tmp_path)
