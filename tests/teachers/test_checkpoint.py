@@ -34,10 +34,11 @@ from transformers import (
 )
 
 from hf_guide.errors import OptionError, TeacherError
+from hf_guide.initialization.subclass_head import _OverriddenTensors
 from hf_guide.initialization.transfer import Transfer
 from hf_guide.modeling import from_teacher
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher, tokenizer_length
-from hf_guide.teachers.tensor_source import InMemoryTensors, SafetensorsTensors
+from hf_guide.teachers.tensor_source import FileState, InMemoryTensors, OtherVocabularyTensors, SafetensorsTensors
 from tests.invariants.case import Case, build
 from tests.invariants.cases import CASES
 
@@ -277,6 +278,28 @@ def test_a_shard_that_changes_while_it_is_read_is_named(change: str, tmp_path: P
     for read in (teacher.weights.check_unchanged, lambda: teacher.weights.get(name)):
         with pytest.raises(TeacherError, match=f"{shard.name} {found if change != 'longer' else ''}"):
             read()
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [("12", "from 1 to 2 bytes: a student"), ("2", "though it still has 1 bytes: a student")]
+)
+def test_an_error_states_how_a_file_has_changed(content: str, found: str, tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_text("1")
+    state = FileState.of(str(path))
+    path.write_text(content)
+    os.utime(path, ns=(0, state.modified + 1))
+    with pytest.raises(TeacherError, match=f"has changed since it was opened, {found}"):
+        state.check_unchanged()
+
+
+def test_the_files_of_a_source_are_those_of_the_one_it_reads(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path, max_shard_size="20KB")
+    weights = open_teacher(tmp_path).weights
+    assert {state.file for state in weights.file_states()} == set(map(str, tmp_path.glob("*.safetensors")))
+    for other in (OtherVocabularyTensors(weights, {}, 5), _OverriddenTensors(weights, {})):
+        assert other.file_states() == weights.file_states()
+    assert not InMemoryTensors({}).file_states()
 
 
 def test_a_student_is_not_made_of_two_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
