@@ -64,6 +64,7 @@ from hf_guide.initialization.planning import make_plan
 from hf_guide.initialization.registry import InitializationMethod, StudentSetup
 from hf_guide.initialization.report import InitializationReport
 from hf_guide.initialization.transfer import Transfer
+from hf_guide.utils.files import check_can_create
 
 
 class CalibratedMethod(InitializationMethod):
@@ -74,10 +75,12 @@ class CalibratedMethod(InitializationMethod):
     searched: dict[str, BlockSelection] | None = None
 
     def check_data(self, calibration_dataset: Any, calibration_cache_dir: Any) -> None:
-        """Check that there is a dataset, and that the folder is new or of an earlier run."""
+        """Check that there is a dataset, and that the folder is new or of an earlier run, and writable."""
         check_calibration_dataset(calibration_dataset, self.config.method)
         if calibration_cache_dir is not None:
-            calibration_cache_folder(Path(calibration_cache_dir).expanduser()).check()
+            folder = Path(calibration_cache_dir).expanduser()
+            calibration_cache_folder(folder).check()
+            check_can_create(folder)
 
     def plan_options(self) -> PlanOptions:
         """Return the options of a plan that projects."""

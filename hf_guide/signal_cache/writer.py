@@ -49,6 +49,7 @@ from hf_guide.teachers.loading import load_teacher
 from hf_guide.teachers.vocabulary import with_vocabulary_of
 from hf_guide.utils.checksums import file_checksum
 from hf_guide.utils.distributed import RankMonitor, barrier, rank_and_world_size
+from hf_guide.utils.files import check_can_create
 from hf_guide.utils.fingerprint import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
 from hf_guide.utils.public_names import public_name, without_private_keys
 from hf_guide.utils.resumable import resumable_write
@@ -220,6 +221,7 @@ class CaptureRunner:
         remaining = sum(len(self.manifest.shard_examples(number)) for number in self.missing)
         if not remaining:
             return
+        check_can_create(self.folder)
         step = max(1, self.manifest.examples // _NUM_SAMPLED_LENGTHS)
         sampled = [self._example_bytes(number) for number in range(0, self.manifest.examples, step)]
         needed = remaining * sum(sampled) // len(sampled)

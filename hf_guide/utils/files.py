@@ -43,10 +43,12 @@ def check_output_folder(output: Path) -> None:
 
     Raises:
         FileExistsError: It is a file, or a folder that is not empty.
+        NotADirectoryError, PermissionError: It can be neither written to nor replaced.
     """
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"The output {output} is a file; it must be a new or empty folder.")
-    check_can_create(output)
+    if not (output.is_dir() and _can_be_renamed(output.resolve())):
+        check_can_create(output)
     if output.is_dir() and any(not is_partial(path) for path in output.iterdir()):
         raise FileExistsError(f"The output folder {output} is not empty; name a new one, or empty it first.")
 
@@ -70,13 +72,15 @@ def check_output_file(output: Path) -> None:
 
 
 def check_can_create(output: Path) -> None:
-    """Check that an output that does not exist can be created.
+    """Check that an output that does not exist can be created, and that one that is a folder can be written into.
 
     Raises:
         NotADirectoryError: A parent is a file.
-        PermissionError: The parent folder is not writable.
+        PermissionError: The folder, or the parent of a new one, is not writable.
     """
     if output.exists():
+        if output.is_dir() and not os.access(output, os.W_OK | os.X_OK):
+            raise PermissionError(f"The folder {output} is not writable. Make it writable, or choose another folder.")
         return
     parent = next(path for path in output.absolute().parents if path.exists())
     if not parent.is_dir():
@@ -133,11 +137,32 @@ def write_limit_advice(error: BaseException) -> str | None:
         "Raise the process's limit on the size of a file (`ulimit -f`)"
         >>> write_limit_advice(Exception("No space left on device (os error 28)"))
     """
-    stated = _OS_ERROR.search(str(error))  # safetensors and tokenizers raise no OSError
-    number = error.errno if isinstance(error, OSError) else int(stated[1]) if stated else None
+    number = _error_number(error)
     if number == errno.EFBIG:
         return "Raise the process's limit on the size of a file (`ulimit -f`)"
     return "Raise the disk quota, or remove files that count toward it" if number == errno.EDQUOT else None
+
+
+def write_advice(error: BaseException, folder: Path) -> str:
+    """Return what to do so that a file can be written into a folder, where that failed.
+
+    Example:
+        >>> write_advice(OSError(errno.EROFS, "Read-only file system"), Path("cache"))
+        'Make the folder writable'
+    """
+    number = _error_number(error)
+    if number == errno.ENOENT and not folder.exists():
+        return "Put back the folder, which was removed meanwhile"
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Make the folder writable"
+    if number == errno.ENOSPC:
+        return "Free some space"
+    return write_limit_advice(error) or "Remove the cause"
+
+
+def _error_number(error: BaseException) -> int | None:
+    stated = _OS_ERROR.search(str(error))  # safetensors and tokenizers raise no OSError
+    return error.errno if isinstance(error, OSError) else int(stated[1]) if stated else None
 
 
 def is_partial(path: Path) -> bool:

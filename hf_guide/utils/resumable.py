@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from hf_guide.errors import HfGuideError
 from hf_guide.utils.distributed import barrier, rank_and_world_size
-from hf_guide.utils.files import check_can_create, is_partial, remove_stale_partials, write_limit_advice
+from hf_guide.utils.files import check_can_create, is_partial, remove_stale_partials, write_advice
 
 MAX_LISTED = 5
 MAX_REPR = 60
@@ -42,22 +42,26 @@ class ResumableFolder:
     def check(self) -> None:
         """Raise if the folder cannot be used, before anything is computed; create nothing.
 
+        One with a manifest may be complete, so it need not be writable; `check_can_create` checks whether it is.
+
         Raises:
             HfGuideError: (as `error`) It is a file, or holds files and no manifest.
-            OSError: It cannot be created.
+            OSError: It cannot be created, or is empty and not writable.
         """
         if self.path.exists() and not self.path.is_dir():
             raise self.error(
                 f"{self.label} {self.path} is a file; it must be a folder that is new, empty, or of the same call."
             )
-        check_can_create(self.path)
-        if self.path.is_dir() and not (self.path / self.manifest_name).exists():
+        if (self.path / self.manifest_name).exists():
+            return
+        if self.path.is_dir():
             others = sorted(path.name for path in self.path.iterdir() if not is_partial(path))
             if others:
                 raise self.error(
                     f"{self.label} {self.path} holds something else: {', '.join(others[:MAX_LISTED])}. It must be a folder "
                     "that is new, empty, or of the same call."
                 )
+        check_can_create(self.path)
 
     def create(self, save_manifest: Callable[[], None]) -> None:
         """Create the folder, remove what killed processes left half-written, and call `save_manifest` if there is none.
@@ -102,7 +106,7 @@ def resumable_write(path: Path, error: type[Exception]) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as cause:
-        advice = write_limit_advice(cause) or "Free some space"
+        advice = write_advice(cause, path.parent)
         raise error(
             f"{path} could not be written: {cause}. {advice}; the same call then continues from here."
         ) from cause

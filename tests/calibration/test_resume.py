@@ -331,6 +331,17 @@ def test_folders_that_cannot_serve(tmp_path: Path) -> None:
     check_error(cache, "damaged")
 
 
+def test_a_folder_that_is_not_writable_is_an_error_before_the_teacher_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "calibration.json").touch()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not mode & os.W_OK)  # as for no root
+    monkeypatch.setattr("hf_guide.methods.calibrated.collect_calibration", None)
+    with pytest.raises(PermissionError, match=f"{tmp_path} is not writable. Make it writable"):
+        make_student("llama", tmp_path)
+
+
 @pytest.mark.extended
 def test_a_process_that_gets_sigkill_while_it_refits(tmp_path: Path) -> None:
     script = """

@@ -80,6 +80,16 @@ def test_workers_make_the_same_batches(tmp_path, workers):
     assert contents(tmp_path / "made") == contents(tmp_path / "expected")
 
 
+def test_a_capture_in_a_folder_that_is_not_writable_is_read_if_complete_and_not_continued(tmp_path, monkeypatch):
+    capture(tmp_path)
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not mode & os.W_OK)  # as for no root
+    capture(tmp_path)
+    next(tmp_path.glob("*.arrow")).unlink()
+    with pytest.raises(PermissionError, match=f"{tmp_path} is not writable. Make it writable"):
+        capture(tmp_path)
+
+
 @pytest.mark.extended
 def test_a_killed_capture_is_resumed(tmp_path):
     script = """

@@ -20,7 +20,14 @@ from hf_guide.cli import main as cli
 from hf_guide.signal_cache.manifest import signal_cache_folder
 from hf_guide.utils import files as folders
 from hf_guide.utils.checksums import check_written_model, weights_defect
-from hf_guide.utils.files import atomic_folder, atomic_write, check_output_folder, remove_stale_partials, staged_update
+from hf_guide.utils.files import (
+    atomic_folder,
+    atomic_write,
+    check_can_create,
+    check_output_folder,
+    remove_stale_partials,
+    staged_update,
+)
 from tests.tiny import KINDS, same_bits
 
 SMALLER = ["--hidden-size", "24", "--num-hidden-layers", "1", "--intermediate-size", "32", "--no-progress"]
@@ -417,9 +424,24 @@ def test_an_output_dir_within_a_file_is_an_error(output: str, tmp_path: Path) ->
             check(tmp_path / output)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_an_output_that_is_not_writable_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "locked").mkdir(mode=0o500)
-    for check in (check_output_folder, lambda folder: signal_cache_folder(folder).check()):
+def lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a folder that is not writable, also to root, who may write anywhere."""
+    folder.mkdir(mode=0o500)
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK and Path(path) == folder)
+    )
+
+
+def test_an_output_that_is_not_writable_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = tmp_path / "locked"
+    lock(locked, monkeypatch)
+    for check in (check_output_folder, check_can_create, lambda folder: signal_cache_folder(folder).check()):
         with pytest.raises(PermissionError, match="locked is not writable"):
-            check(tmp_path / "locked" / "student")
+            check(locked / "student")
+    check_output_folder(locked)  # which is replaced
+    for check in (check_can_create, lambda folder: signal_cache_folder(folder).check()):
+        with pytest.raises(PermissionError, match="locked is not writable. Make it writable"):
+            check(locked)
+    (locked / "capture.json").touch()
+    signal_cache_folder(locked).check()  # it may be complete

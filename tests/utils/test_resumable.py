@@ -7,6 +7,7 @@ import pytest
 from safetensors import SafetensorError
 
 from hf_guide.errors import OptionError
+from hf_guide.utils.checksums import write_json
 from hf_guide.utils.resumable import MAX_LISTED, ResumableFolder, differences, resumable_write
 
 
@@ -75,13 +76,25 @@ def test_of_many_differences_some_are_named_the_teacher_s_first() -> None:
             r"Raise the process's limit .*`ulimit -f`\)",
         ),
         (OSError(errno.EDQUOT, "quota"), "Raise the disk quota, or remove files"),
+        (OSError(errno.EACCES, "Permission denied"), "Make the folder writable"),
+        (OSError(errno.EROFS, "Read-only file system"), "Make the folder writable"),
+        (SafetensorError(f"I/O error: denied (os error {errno.EACCES})"), "Make the folder writable"),
+        (OSError(errno.EIO, "Input/output error"), "Remove the cause"),
+        (OSError(errno.ENOENT, "No such file"), "Remove the cause"),
     ],
     ids=str,
 )
-def test_an_error_of_a_write_names_the_limit_that_was_reached(cause: Exception, advice: str, tmp_path: Path) -> None:
+def test_an_error_of_a_write_states_what_helps(cause: Exception, advice: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=f"{advice}.*; the same call then continues"):  # noqa: SIM117
         with resumable_write(tmp_path / "file", OptionError):
             raise cause
+
+
+def test_a_folder_that_was_removed_meanwhile_has_advice_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "removed" / "file"
+    with pytest.raises(OptionError, match="No such file.*Put back the folder, which was removed meanwhile; the same"):  # noqa: SIM117
+        with resumable_write(path, OptionError):
+            write_json(path, {})
 
 
 def test_an_error_of_the_disk_states_that_the_call_continues(tmp_path: Path) -> None:
