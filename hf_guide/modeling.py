@@ -38,6 +38,7 @@ from hf_guide.shapes.search import START_FOLDER, describe_choice, find_shapes, s
 from hf_guide.teachers.checkpoint import TeacherCheckpoint, open_teacher
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_parameters
 from hf_guide.utils.half_precision import without_autocast
+from hf_guide.utils.memory import peak_memory
 
 P = ParamSpec("P")
 
@@ -253,6 +254,7 @@ def from_teacher(
     if modules is not None:
         attach_teacher_modules(student, modules, report, seed=method_config.seed)
     report.bases.clear()
+    report.peak_memory_bytes = peak_memory()
     attach_report(student, report)
     if vocabulary is not None:
         report.vocabulary = vocabulary.facts

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import hf_guide
-from hf_guide import AutoStudentForCausalLM, from_teacher
+from hf_guide import AutoStudentForCausalLM, from_teacher, modeling
 from tests.tiny import KINDS, Kind, everything, inputs, logits, run_python, same_bits
 
 of_every_kind = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -305,6 +305,20 @@ def test_the_report_states_what_is_not_exact_and_why() -> None:
     assert [note.split(":")[0].split(".")[-1] for note in biased] == ["bias of every block"] * 4
     on_the_stream = student_of(KINDS["bert"].teacher(), KINDS["bert"]).initialization_report.approximations
     assert any("onto the residual stream" in note for note in on_the_stream)
+
+
+def test_the_memory_in_the_report_includes_what_the_check_of_the_student_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The check copies the student, and comes after all else that takes memory."""
+    events: list[str] = []
+    check = modeling.check_forward
+    monkeypatch.setattr(modeling, "peak_memory", lambda: events.append("peak") or 7)
+    monkeypatch.setattr(
+        modeling, "check_forward", lambda *args, **options: events.append("check") or check(*args, **options)
+    )
+    student = from_teacher(KINDS["llama"].teacher(), hidden_size=24, show_progress=False)
+    assert events == ["check", "peak"] and student.initialization_report.peak_memory_bytes == 7
 
 
 def test_the_generation_config_is_copied(tmp_path: Path) -> None:

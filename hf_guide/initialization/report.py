@@ -16,7 +16,6 @@ from hf_guide.teachers.checkpoint import TeacherCheckpoint, teacher_fingerprint
 from hf_guide.utils.deprecation import RenamedOptions, with_renamed_options
 from hf_guide.utils.escaping import to_single_line
 from hf_guide.utils.files import atomic_write_text
-from hf_guide.utils.memory import peak_memory
 from hf_guide.utils.public_names import Source, absolute_name, is_local, name_source, public_name, to_repo_id
 from hf_guide.utils.typed_json import read_json_record
 from hf_guide.version import __version__
@@ -186,7 +185,7 @@ class InitializationReport:
             tokens are `copied` from the teacher, `composed` of several of its pieces, and `fresh`.
         lineage: Of a student that was made of another student: those before it, the first teacher's first.
         seconds: Time by step.
-        peak_memory_bytes: Peak resident memory of the process.
+        peak_memory_bytes: Peak resident memory of the process, until the student was made and checked.
         bases: By axis of the residual stream, the matrix (d_T, d_S), or the indices (d_S,), by which it became narrower.
             Not saved, and empty once `from_teacher` returns.
 
@@ -240,7 +239,6 @@ class InitializationReport:
             transformers_version=transformers.__version__,
             teacher_parameters=sum(teacher.weights.shape(name).numel() for name in teacher.weights.keys()),
             student_parameters=student.num_parameters(),
-            peak_memory_bytes=peak_memory(),
             teacher_fingerprint=teacher_fingerprint(teacher),
             teacher_source=source,
             **fields,
