@@ -40,6 +40,8 @@ class CaptureManifest:
         teacher, teacher_revision: where the teacher came from, and its commit where that is known.
         teacher_class, teacher_config, teacher_dtype: what it is.
         weights: fingerprint of its parameters (`weights_fingerprint`), None where another program wrote the cache.
+        teacher_values: hash of all values of its parameters (`exact_fingerprint`): an interrupted capture continues with no
+            other teacher. None where another program or an earlier version wrote the cache.
         files: fingerprint of its safetensors files, None if it had none.
         tokenizer: fingerprint of the tokenizer or processor, None where none was known.
         task: a value of `Task`.
@@ -69,6 +71,7 @@ class CaptureManifest:
     shards: list[int] = field(default_factory=list)
     checksums: dict[str, str] = field(default_factory=dict)
     complete: bool = False
+    teacher_values: str | None = None
     format: int = FORMAT_VERSION
 
     @property
@@ -152,7 +155,8 @@ class CaptureManifest:
 
     def comparable(self) -> dict[str, Any]:
         """Return what a resumed capture must agree on: the teacher, the dataset and the options that shape the files."""
-        names = ("teacher_class", "teacher_dtype", "task", "classes", "examples", "tokenizer", "weights", "shapes")
+        teacher = ("teacher_class", "teacher_dtype", "tokenizer", "weights", "teacher_values")
+        names = (*teacher, "task", "classes", "examples", "shapes")
         options = dataclasses.asdict(self.config).items()
         return {name: getattr(self, name) for name in names} | {
             name: value for name, value in options if name not in _CHANGEABLE_OPTIONS
@@ -187,6 +191,7 @@ class CaptureManifest:
             )
         if version in _OLD_FORMATS:
             entries = _upgrade(entries)
+        entries = {"teacher_values": None} | entries
         expected = {option.name for option in dataclasses.fields(cls)}
         if entries.keys() != expected:
             raise CaptureError(f"{path} is damaged: {sorted(entries.keys() ^ expected)} are missing or unknown.")

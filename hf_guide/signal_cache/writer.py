@@ -50,7 +50,13 @@ from hf_guide.teachers.vocabulary import with_vocabulary_of
 from hf_guide.utils.checksums import file_checksum
 from hf_guide.utils.distributed import RankMonitor, barrier, rank_and_world_size
 from hf_guide.utils.files import check_can_create
-from hf_guide.utils.fingerprint import files_fingerprint, tokenizer_fingerprint, weights_fingerprint
+from hf_guide.utils.fingerprint import (
+    exact_fingerprint,
+    files_fingerprint,
+    named_tensors,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from hf_guide.utils.public_names import public_name, without_private_keys
 from hf_guide.utils.resumable import resumable_write
 from hf_guide.validation import check_is_dataset
@@ -93,7 +99,10 @@ class CaptureRunner:
         folder = signal_cache_folder(self.folder)
         folder.begin(lambda: self.manifest.save(self.folder))
         recorded = CaptureManifest.load(self.folder)
-        folder.check_same_call(recorded.comparable(), self.manifest.comparable())
+        requested = self.manifest
+        if recorded.teacher_values is None:  # of an earlier version
+            requested = dataclasses.replace(requested, teacher_values=None)
+        folder.check_same_call(recorded.comparable(), requested.comparable())
         self.was_complete, self.checksums = recorded.complete, recorded.checksums
         if state.is_main_process:
             self._remove_damaged()
@@ -413,6 +422,7 @@ def build_manifest(
         shapes=shapes,
         config=config,
         hf_guide_version=__version__,
+        teacher_values=exact_fingerprint(named_tensors(model)),
     )
 
 

@@ -7,7 +7,7 @@ changed, on purpose or by training a few rows; `exact_fingerprint`, which reads 
 import copy
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,14 @@ def weights_fingerprint(model: nn.Module) -> str:
     Values are hashed as bfloat16, so that a checkpoint has the same fingerprint in float32 and in bfloat16. Weights that are
     not in memory are hashed by name and shape only.
     """
-    state = sorted(model.state_dict().items())
-    return tensors_fingerprint((name, tensor) for name, tensor in state if isinstance(tensor, Tensor))
+    return tensors_fingerprint(named_tensors(model))
+
+
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield every parameter and buffer of a model's state dict with its name, in the order of the names."""
+    for name, tensor in sorted(model.state_dict().items()):
+        if isinstance(tensor, Tensor):
+            yield name, tensor
 
 
 def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -55,12 +61,15 @@ def tensors_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     digest = blake2b(digest_size=16)
     for name, tensor in tensors:
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(_sampled_bytes(tensor))
+        for part in _plain_tensors(tensor.detach()):
+            digest.update(_sampled_bytes(part))
     return digest.hexdigest()
 
 
 def exact_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """Return a hash of named tensors, in this order: each one's name, shape, dtype and all of its values.
+
+    Weights that are not in memory are hashed by name, shape and dtype only.
 
     Example:
         >>> table = torch.zeros(1000, 8)
@@ -71,7 +80,8 @@ def exact_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     checksum = Checksum()
     for name, tensor in tensors:
         checksum.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        checksum.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for part in _plain_tensors(tensor.detach()):
+            checksum.update(part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return checksum.hexdigest()
 
 
@@ -123,13 +133,17 @@ def comparable_config(config: "PreTrainedConfig | Mapping[str, Any]") -> dict[st
     return json.loads(json.dumps(facts, default=str))
 
 
+def _plain_tensors(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensor, or those of which a quantized weight consists; none that is empty or not in memory."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    elif not tensor.is_meta and tensor.numel():
+        yield tensor
+
+
 def _sampled_bytes(tensor: Tensor) -> bytes:
     """Return the bytes of a sample of a tensor, floating numbers as bfloat16."""
-    tensor = tensor.detach()
-    if hasattr(tensor, "__tensor_flatten__"):  # a quantized weight consists of several tensors
-        return b"".join(_sampled_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    if tensor.is_meta or tensor.numel() == 0:
-        return b""
     flat = tensor.reshape(-1) if tensor.is_contiguous() else tensor.flatten()
     indices = torch.linspace(
         0, len(flat) - 1, min(SAMPLES_PER_TENSOR, len(flat)), device=flat.device, dtype=torch.float64

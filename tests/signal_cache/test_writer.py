@@ -21,6 +21,7 @@ from hf_guide.signal_cache.config import CaptureConfig
 from hf_guide.signal_cache.reader import Capture, CaptureDataCollator
 from hf_guide.signal_cache.writer import capture_teacher
 from hf_guide.utils.checksums import read_json, write_json
+from hf_guide.utils.fingerprint import SAMPLES_PER_TENSOR, weights_fingerprint
 from tests.signal_cache.tiny_teachers import TEACHERS, VOCABULARY, Examples, Pad, count_forwards, examples_for
 from tests.tiny import run_python
 
@@ -222,6 +223,32 @@ def test_resuming_with_other_settings_names_what_differs(tmp_path, changed, mess
     given = {name: value() if callable(value) else value for name, value in changed.items()}
     assert_raises(CaptureError, message, tmp_path, **given)
     assert contents(tmp_path) == before
+
+
+def test_an_interrupted_capture_is_not_continued_with_an_edited_teacher(tmp_path):
+    teacher = KIND.teacher()
+    weight, name = teacher.get_input_embeddings().weight, "shard-000002.arrow"
+    capture(tmp_path, teacher=teacher)
+    before, weights = contents(tmp_path), weights_fingerprint(teacher)
+    (tmp_path / name).unlink()
+    sampled = torch.linspace(0, weight.numel() - 1, SAMPLES_PER_TENSOR, dtype=torch.float64).long()
+    with torch.no_grad():
+        weight.view(-1)[sampled[30] + 1 : sampled[31]] *= 1.25
+    assert weights_fingerprint(teacher) == weights, "no sampled value is of the edit"
+    assert_raises(
+        CaptureError, "another teacher: teacher_values is '.*' there and '.*' here", tmp_path, teacher=teacher
+    )
+    capture(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_a_capture_of_an_earlier_version_is_continued(tmp_path):
+    capture(tmp_path)
+    manifest, _ = read_json(tmp_path / "capture.json")
+    del manifest["teacher_values"]
+    write_json(tmp_path / "capture.json", manifest)
+    (tmp_path / "shard-000002.arrow").unlink()
+    assert len(capture(tmp_path)) == 23
 
 
 def test_a_missing_or_truncated_shard_is_named_and_written_again_alone(tmp_path):
