@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
 def describe_checkpoints(output_dir: Path) -> str:
     """Return what an interrupted run left on disk, and how to continue from it."""
     from hf_guide.distillation.checkpoints import last_complete_checkpoint
-    from hf_guide.scripts.stages import has_stages
+    from hf_guide.scripts.run_record import has_stages
 
     if has_stages(output_dir):
         return (

@@ -25,7 +25,7 @@ from hf_guide.data.class_labels import student_labels, value_kind
 from hf_guide.data.loading import find_column, load_named_splits
 from hf_guide.data.preprocessing import ProcessedData, preprocess
 from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments, validate_arguments
-from hf_guide.distillation.checkpoints import has_checkpoints, validate_checkpoint
+from hf_guide.distillation.checkpoints import validate_checkpoint
 from hf_guide.distillation.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 from hf_guide.errors import HfGuideError, OptionError, TaskError, TeacherError, one_paragraph
 from hf_guide.modeling import from_teacher
@@ -35,11 +35,19 @@ from hf_guide.models.pretrained import load_config, load_processing_class, unrea
 from hf_guide.models.token_rows import attached_tokenizer
 from hf_guide.scripts.config_file import parse_config
 from hf_guide.scripts.error_rates import TranscriptErrorRates
-from hf_guide.scripts.stages import DistillConfig, as_stages, check_stages, run_stages, stage_changes
+from hf_guide.scripts.run_record import (
+    DistillConfig,
+    checkpoint_to_resume,
+    recorded_options,
+    teacher_names,
+    write_record,
+)
+from hf_guide.scripts.stages import as_stages, check_earlier_runs, check_stages, run_stages, stage_changes
 from hf_guide.scripts.text_scores import GeneratedTextScores
 from hf_guide.signal_cache.reader import Capture
 from hf_guide.tasks import OutputKind, Task, task_of
 from hf_guide.teachers.loading import hub_kwargs, is_trusted, load_complete_model
+from hf_guide.utils.distributed import raise_on_all_ranks
 from hf_guide.utils.labels import IGNORE_INDEX
 
 DATACLASSES = (ModelArguments, DataArguments, Seq2SeqDistillationArguments)
@@ -91,12 +99,15 @@ def distill(config: DistillConfig) -> dict[str, float]:
         check_stages(config.stages, of_source or _teacher_name_and_config(first)[1])
     for stage in config.stages or [config]:
         _check_config(stage.models, stage.training)
+    with raise_on_all_ranks(OptionError):  # a disk that not all share has the record in one process only
+        check_earlier_runs(config.stages or [config])
     return run_stages(config.stages, _distill) if config.stages else _distill(config)
 
 
 def _distill(config: DistillConfig) -> dict[str, float]:
     """Distill once."""
     models, data, args = config.models, config.data, config.training
+    options = recorded_options(config)  # before `Trainer` changes any
     transformers.set_seed(args.seed)
     checkpoints = _inspect_checkpoints(models, args)
     _check_generation(checkpoints.task, args, data)
@@ -125,6 +136,7 @@ def _distill(config: DistillConfig) -> dict[str, float]:
         student, args, processed, processing_class, metrics, checkpoints.task, _make_peft_config(models)
     )
     _set_generation_language(trainer, data)
+    write_record(args, options)
     return _train_and_save(trainer, data, evaluated_on)
 
 
@@ -265,10 +277,7 @@ def _train_and_save(
     trainer: "DistillationTrainer | Seq2SeqDistillationTrainer", data: DataArguments, evaluated_on: str | None
 ) -> dict[str, float]:
     args = trainer.args
-    resume: Any = args.resume_from_checkpoint
-    if str(resume).lower() in ("true", "false"):  # resume if there is a checkpoint, otherwise start
-        resume = str(resume).lower() == "true" and has_checkpoints(args.output_dir or "")
-    metrics = trainer.train(resume_from_checkpoint=resume).metrics
+    metrics = trainer.train(resume_from_checkpoint=checkpoint_to_resume(args)).metrics
     trainer.save_model()
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
@@ -324,7 +333,7 @@ def _teacher_name_and_config(args: DistillationArguments) -> tuple[str | None, P
         return None, manifest.teacher_config_object()
     if not args.teacher:
         return None, None
-    name = args.teacher if os.path.exists(args.teacher) else args.teacher.split(",")[0].strip()
+    name = teacher_names(args.teacher)[0]
     return name, _load_config(name, args.teacher_init_kwargs, what=f"The teacher {name} has no readable config")
 
 

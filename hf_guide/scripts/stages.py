@@ -7,10 +7,8 @@ that an earlier run finished. Does not: distill (`distill.py`).
 import copy
 import dataclasses
 import gc
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +23,20 @@ from hf_guide.initialization.student_config import derive_student_config, is_hea
 from hf_guide.modeling import FROM_TEACHER_PARAMETERS
 from hf_guide.models.model_classes import meta_model
 from hf_guide.models.pretrained import unreadable_as
+from hf_guide.scripts.run_record import (
+    STAGES_FOLDER,
+    DistillConfig,
+    check_finished,
+    check_resumed,
+    copy_record,
+    has_record,
+    has_stages,
+)
 from hf_guide.shapes.budget import TOLERANCE, Budget
 from hf_guide.shapes.vocabulary_search import AUTO
-from hf_guide.utils.checksums import read_json, write_json
 from hf_guide.utils.deprecation import renamed_options_of
 from hf_guide.utils.distributed import barrier
 from hf_guide.validation import did_you_mean
-
-STAGES_FOLDER = "_stages"
-"""In `output_dir`, the folder of all students but the last. `Trainer` pushes no folder whose name begins with "_"."""
 
 _OF_ALL_STAGES = frozenset(
     "output_dir resume_from_checkpoint teacher teacher_cache teacher_init_kwargs teacher_weights losses loss_options "
@@ -46,26 +49,6 @@ _OF_FIRST_STAGE = frozenset(("teacher", "tokenizer", "vocab_size"))
 
 _UNCOUNTED = frozenset(("tokenizer", "num_labels", "id2label", "num_subclasses"))
 """Entries of `student_init_kwargs` by which a student may have more parameters than a model of its config's sizes."""
-
-_RECORDED = tuple(
-    "losses loss_options temperature kd_loss_type beta max_steps num_train_epochs learning_rate lr_scheduler_type "
-    "warmup_steps weight_decay optim per_device_train_batch_size gradient_accumulation_steps seed".split()
-)
-"""Training arguments by which a finished stage is recognized."""
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """All options of one distillation.
-
-    Attributes:
-        stages: The options of each stage where there are several; the last one's are the options above.
-    """
-
-    models: ModelArguments
-    data: DataArguments
-    training: Seq2SeqDistillationArguments
-    stages: "tuple[DistillConfig, ...]" = ()
 
 
 def stage_changes(config: DistillConfig) -> list[dict[str, Any]]:
@@ -249,49 +232,46 @@ def run_stages(stages: Sequence[DistillConfig], run: Callable[[DistillConfig], d
     """
     metrics: dict[str, float] = {}
     for stage in stages:
-        last, folder = stage is stages[-1], Path(stage.training.output_dir or "")
-        record = folder.with_name(folder.name + ".json")
-        if not last and record.is_file():
-            _check_finished(stage, record)
+        if stage is not stages[-1] and finished_record(stage).is_file():
             continue
         metrics = run(stage)
         gc.collect()  # its trainer, before there is another one
-        if not last:
+        if stage is not stages[-1]:
             barrier()
             if stage.training.process_index == 0:
-                write_json(record, _recorded_options(stage))
+                copy_record(stage, finished_record(stage))
             barrier()
     return metrics
 
 
-def has_stages(output_dir: Path) -> bool:
-    """Return whether a run in this folder has begun one of several stages."""
-    return (output_dir / STAGES_FOLDER).is_dir()
+def check_earlier_runs(stages: Sequence[DistillConfig]) -> None:
+    """Compare the options of each stage with those of an earlier run that finished it, or that is resumed in it.
 
-
-def _check_finished(stage: DistillConfig, record: Path) -> None:
-    if str(stage.training.resume_from_checkpoint).lower() != "true":
+    Raises:
+        OptionError: A finished stage, and `resume_from_checkpoint` is not set; other options, of which it names the first; or
+            a run of several stages that would be resumed as one.
+        DamagedFileError: A record cannot be read.
+    """
+    output_dir, resume = Path(stages[-1].training.output_dir or ""), stages[-1].training.resume_from_checkpoint
+    if len(stages) == 1 and str(resume).lower() == "true" and has_stages(output_dir) and not has_record(output_dir):
         raise OptionError(
-            f"{record.with_suffix('')} was finished by an earlier run. Set resume_from_checkpoint: true to go on after it, or "
-            "name another output_dir."
+            f"The run in {output_dir} was begun with several stages, and the options have no stages. Restore them, or name "
+            "another output_dir."
         )
-    finished, options = read_json(record)[0], _recorded_options(stage)
-    different = sorted(name for name in options if finished.get(name) != options[name])
-    if different:
-        was, now, others = finished.get(different[0]), options[different[0]], different[1:]
-        raise OptionError(
-            f"{record.with_suffix('')} was finished with other options: {different[0]} was {was!r} and is {now!r}"
-            f"{f', and {others} differ too' if others else ''}. Restore them, or name another output_dir."
-        )
+    for stage in stages:
+        finished = finished_record(stage)
+        if stage is stages[-1] or not finished.is_file():
+            check_resumed(stage)
+            continue
+        if str(stage.training.resume_from_checkpoint).lower() != "true":
+            raise OptionError(
+                f"{finished.with_suffix('')} was finished by an earlier run. Set resume_from_checkpoint: true to go on after "
+                "it, or name another output_dir."
+            )
+        check_finished(stage, finished)
 
 
-def _recorded_options(stage: DistillConfig) -> dict[str, Any]:
-    options = stage.training.to_dict()  # without tokens
-    kwargs = {
-        name: value
-        for name, value in (options["student_init_kwargs"] or {}).items()
-        if name not in ("teacher", "calibration_cache_dir", "token")
-    }
-    recorded = {name: options[name] for name in _RECORDED} | {"student_init_kwargs": kwargs, "data": stage.data.name}
-    plain: dict[str, Any] = json.loads(json.dumps(recorded, default=str))
-    return plain
+def finished_record(stage: DistillConfig) -> Path:
+    """Return the file that marks a stage as finished, with the options that it had."""
+    folder = Path(stage.training.output_dir or "")
+    return folder.with_name(folder.name + ".json")

@@ -23,6 +23,10 @@ from hf_guide.utils.public_names import without_private_keys
 SAMPLES_PER_TENSOR = 64
 BYTES_PER_SAMPLE = 64
 SAMPLES_PER_FILE = 64
+SAMPLED_FILES = 64
+
+_ADDED_PREFIXES = ("cache-", "tmp", ".")
+"""Of files that `datasets` writes into the folder of a dataset which was saved with save_to_disk."""
 
 _RUNTIME_KEYS = (
     "_name_or_path",
@@ -100,6 +104,27 @@ def files_fingerprint(folder: str | os.PathLike[str]) -> str | None:
             for offset in range(8 + header, size, max(BYTES_PER_SAMPLE, (size - header) // SAMPLES_PER_FILE)):
                 file.seek(offset)
                 digest.update(file.read(BYTES_PER_SAMPLE))
+    return digest.hexdigest()
+
+
+def sampled_fingerprint(paths: Iterable[Path]) -> str:
+    """Return a hash of files in this order, each one's name and size, and of the first of them a sample of their bytes.
+
+    Of a folder it is that of the files in it, and the names of its folders; without those that `datasets` adds when it maps.
+    """
+    files: list[Path] = []
+    for path in paths:
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        files += [each for each in inside if not (path.is_dir() and each.name.startswith(_ADDED_PREFIXES))]
+    digest = blake2b(digest_size=16)
+    for index, path in enumerate(files):
+        size = path.stat().st_size if path.is_file() else -1
+        digest.update(f"{path.name} {size}".encode())
+        if size > 0 and index < SAMPLED_FILES:
+            with path.open("rb") as file:
+                for offset in range(0, size, max(BYTES_PER_SAMPLE, size // SAMPLES_PER_FILE)):
+                    file.seek(offset)
+                    digest.update(file.read(BYTES_PER_SAMPLE))
     return digest.hexdigest()
 
 
