@@ -26,6 +26,7 @@ from hf_guide.data.loading import find_column, load_named_splits
 from hf_guide.data.preprocessing import ProcessedData, preprocess
 from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments, validate_arguments
 from hf_guide.distillation.checkpoints import validate_checkpoint
+from hf_guide.distillation.losses.registry import required_signals
 from hf_guide.distillation.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 from hf_guide.errors import HfGuideError, OptionError, TaskError, TeacherError, one_paragraph
 from hf_guide.modeling import from_teacher
@@ -306,7 +307,7 @@ def _check_config(models: ModelArguments, args: DistillationArguments) -> None:
             "There is no student: set model_name_or_path, or set student_init_kwargs to the arguments of "
             "from_teacher, such as {num_parameters: 25%, method: calibrated}."
         )
-
+    _check_has_teacher(args)
     if models.peft_config and args.student_init_kwargs:
         raise OptionError(
             "peft_config and student_init_kwargs are both given: the adapter would be saved without its base model. "
@@ -324,6 +325,22 @@ def _check_config(models: ModelArguments, args: DistillationArguments) -> None:
         )
     if resume and str(resume).lower() not in ("true", "false"):
         validate_checkpoint(resume)
+
+
+def _check_has_teacher(args: DistillationArguments) -> None:
+    """Check that there is a teacher, for a student that is made of one or losses that compare with one."""
+    if args.teacher or args.teacher_cache:
+        return
+    if required_signals(args.loss_weights):
+        needed_by = f"the losses {args.loss_weights} compare the student with one"
+    elif args.student_init_kwargs and "teacher" not in args.student_init_kwargs:
+        needed_by = "student_init_kwargs makes the student of one"
+    else:
+        return
+    raise OptionError(
+        f"There is no teacher, and {needed_by}: set teacher to a Hub id or a folder, or teacher_cache to a folder that "
+        "`hf-guide capture` wrote."
+    )
 
 
 def _teacher_name_and_config(args: DistillationArguments) -> tuple[str | None, PreTrainedConfig | None]:

@@ -3,6 +3,7 @@
 import argparse
 import copy
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -310,6 +311,40 @@ def test_what_cannot_be_done_is_an_error_before_the_first_step(entries, message,
     with pytest.raises(ValueError, match=message):
         distill(read_config(path))
     assert not (tmp_path / "student" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"student_init_kwargs": {"num_hidden_layers": 1}}, "the losses {'ce': 0.5, 'kd': 0.5} compare"),
+        (
+            {"student_init_kwargs": {"num_hidden_layers": 1}, "losses": "ce"},
+            "student_init_kwargs makes the student of one",
+        ),
+        (
+            {"student_init_kwargs": {"num_hidden_layers": 1, "teacher": "other"}, "losses": "kd"},
+            "the losses {'kd': 1.0}",
+        ),
+        ({"model_name_or_path": "student"}, "the losses {'ce': 0.5, 'kd': 0.5} compare"),
+        ({"stages": [{"student_init_kwargs": {"num_hidden_layers": 1}}]}, "the losses {'ce': 0.5, 'kd': 0.5} compare"),
+    ],
+)
+def test_a_missing_teacher_is_the_first_thing_that_is_missing(options, reason, tmp_path):
+    path = written(tmp_path, **options, data_files=local.write_text(tmp_path / "text.txt"))
+    with pytest.raises(
+        OptionError, match=f"There is no teacher, and {re.escape(reason)}.*set teacher .*teacher_cache"
+    ):
+        distill(read_config(path))
+
+
+def test_without_losses_that_compare_there_need_be_no_teacher(teacher, tmp_path):
+    text = local.write_text(tmp_path / "text.txt")
+    for options in (
+        {"model_name_or_path": teacher},
+        {"student_init_kwargs": {"num_hidden_layers": 1, "teacher": str(teacher)}, "task": "causal-lm"},
+    ):
+        options |= {"processing_class_name_or_path": str(teacher)}
+        assert run(written(tmp_path, **options, losses="ce", data_files=text), "--max_steps", "1") == 0
 
 
 def test_labels_that_the_teacher_does_not_have_are_an_error(tmp_path):
