@@ -497,7 +497,7 @@ def _stock_classes() -> Mapping[str, tuple[Task, str]]:
     for task in Task:
         excluded = _classes_of_other_tasks() if BASE_MAPPING in task.row.pipeline_tags else frozenset()
         for mapping, tag in task.row.pipeline_tags.items():
-            for name in _class_names(mapping) - excluded:
+            for name in model_class_names(mapping) - excluded:
                 classes.setdefault(name, (task, tag))
     return MappingProxyType(classes)
 
@@ -510,12 +510,12 @@ def _classes_of_other_tasks() -> frozenset[str]:
     mappings = {name.removeprefix("MODEL_FOR_") for name in vars(modeling_auto) if name.startswith("MODEL_FOR_")}
     mappings = {name.removesuffix("_MAPPING_NAMES") for name in mappings if name.endswith("_MAPPING_NAMES")}
     covered = {mapping for task in Task for mapping in task.row.pipeline_tags}
-    others: set[str] = set().union(*map(_class_names, mappings - covered - set(_MAPPINGS_WITHOUT_A_TASK)))
-    return frozenset(others.difference(*map(_class_names, covered - {BASE_MAPPING})))
+    others: set[str] = set().union(*map(model_class_names, mappings - covered - set(_MAPPINGS_WITHOUT_A_TASK)))
+    return frozenset(others.difference(*map(model_class_names, covered - {BASE_MAPPING})))
 
 
-def _class_names(mapping: str) -> set[str]:
-    """Return the names of all classes in a mapping of Transformers."""
+def model_class_names(mapping: str) -> set[str]:
+    """Return the names of all model classes in a mapping of Transformers, named as in `mapping_names`."""
     entries = mapping_names(mapping).values()
     return {name for names in entries for name in ((names,) if isinstance(names, str) else names)}
 

@@ -46,7 +46,7 @@ from hf_guide.scripts.run_record import (
 from hf_guide.scripts.stages import as_stages, check_earlier_runs, check_stages, run_stages, stage_changes
 from hf_guide.scripts.text_scores import GeneratedTextScores
 from hf_guide.signal_cache.reader import Capture
-from hf_guide.tasks import OutputKind, Task, task_of
+from hf_guide.tasks import OutputKind, Task, model_class_names, task_of
 from hf_guide.teachers.loading import hub_kwargs, is_trusted, load_complete_model
 from hf_guide.utils.distributed import raise_on_all_ranks
 from hf_guide.utils.labels import IGNORE_INDEX
@@ -190,9 +190,36 @@ def _inspect_checkpoints(models: ModelArguments, args: DistillationArguments) ->
         None if config is None else task_of_config(config) for config in (student_config, teacher_config)
     )
     task = Task(models.task) if models.task is not None else teacher_task or student_task
+    if models.task is not None and student_config is None:
+        _check_task_of_source(Task(models.task), args, teacher_config)
     if task is None:
         raise OptionError(f"The task cannot be inferred; set task to one of {list(map(str, Task))}.")
     return _Checkpoints(task, student_config, student_task, teacher_name, teacher_config, teacher_task)
+
+
+def _check_task_of_source(task: Task, args: DistillationArguments, teacher: PreTrainedConfig | None) -> None:
+    """Check that a student made of its teacher, and so of that one's class, is for the task.
+
+    Raises:
+        OptionError: Names the class and its task.
+    """
+    requested: dict[str, Any] = dict(args.student_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+    source = requested.get("teacher")
+    keywords: dict[str, Any] = dict(args.teacher_init_kwargs or {})  # type: ignore[arg-type]
+    keywords.pop("subfolder", None)  # from_teacher is not passed it
+    config = _load_config(source, keywords) if isinstance(source, str) else teacher
+    found = None if config is None else task_of_config(config)
+    if config is None or found is None or requested.get("model_class") is not None:
+        return  # the trainer checks the class of the student that is made
+    (name, *_) = config.architectures or ("",)
+    if not task.accepts_teacher_for(found) and not any(
+        name in model_class_names(each) for each in task.row.pipeline_tags
+    ):
+        stated = source or args.teacher or "the teacher of teacher_cache"
+        raise OptionError(
+            f"task is {task}, but {stated} is a {name}, for {found}, and so is a student made of it. Leave task out, or use a "
+            f"teacher for {task}; or set model_name_or_path to a student instead of student_init_kwargs."
+        )
 
 
 def _make_trainer(

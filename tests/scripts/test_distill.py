@@ -347,6 +347,26 @@ def test_without_losses_that_compare_there_need_be_no_teacher(teacher, tmp_path)
         assert run(written(tmp_path, **options, losses="ce", data_files=text), "--max_steps", "1") == 0
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "own"),
+    [
+        ("bert", "ForSequenceClassification", Task.SEQUENCE_CLASSIFICATION),
+        ("bert", "ForMaskedLM", Task.MASKED_LM),
+        ("bert", "", Task.FEATURE_EXTRACTION),
+        ("llama", "ForCausalLM", Task.CAUSAL_LM),
+        ("vit", "ForImageClassification", Task.IMAGE_CLASSIFICATION),
+    ],
+)
+def test_a_student_is_for_the_task_of_the_teacher_that_it_is_made_of(family, kind, own, tmp_path):
+    teacher = make_model(tmp_path / "teacher", family, kind)
+    options = {"student_init_kwargs": {"num_hidden_layers": 1}, "data_files": str(tmp_path / "none.csv")}
+    for task in Task:
+        path = written(tmp_path, teacher=teacher, task=str(task), **options)
+        message = f"task is {task}, but .*teacher is a .*{kind}.*, for {own}, and so is a student made of it"
+        with pytest.raises((OptionError, OSError), match="none.csv" if task is own else message):
+            distill(read_config(path))
+
+
 def test_labels_that_the_teacher_does_not_have_are_an_error(tmp_path):
     teacher = make_model(tmp_path / "teacher", "bert", "ForSequenceClassification", id2label={0: "up", 1: "down"})
     data = local.write_labelled(tmp_path / "labelled.csv")
