@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Distill, print the metrics and where the student is saved, and return the exit code."""
     from hf_guide.scripts.distill import distill, read_config
+    from hf_guide.scripts.run_record import remove_unused_record
 
     config = read_config(args.config, args.overrides)
     training = config.training
@@ -37,10 +38,9 @@ def run(args: argparse.Namespace) -> int:
         metrics = distill(config)
     except KeyboardInterrupt:
         if training.process_index == 0:
-            print(
-                f"hf-guide: interrupted; {describe_checkpoints(Path(training.output_dir or ''))}.",
-                file=sys.stderr,
-            )
+            output_dir = Path(training.output_dir or "")
+            remove_unused_record(output_dir)
+            print(f"hf-guide: interrupted; {describe_checkpoints(output_dir)}.", file=sys.stderr)
         return 130
     if training.process_index == 0:
         shown = {name: metrics[f"eval_{name}"] for name in SHOWN_METRICS if f"eval_{name}" in metrics}

@@ -15,7 +15,12 @@ from typing import Any
 
 from hf_guide.data.arguments import DATASET_BUILDERS, DataArguments, ModelArguments
 from hf_guide.distillation.arguments import DistillationArguments, Seq2SeqDistillationArguments
-from hf_guide.distillation.checkpoints import has_checkpoints, list_checkpoints, read_run_id
+from hf_guide.distillation.checkpoints import (
+    explain_write_errors,
+    has_checkpoints,
+    list_checkpoints,
+    read_run_id,
+)
 from hf_guide.errors import OptionError
 from hf_guide.utils.checksums import DamagedFileError, read_json, write_json
 from hf_guide.utils.fingerprint import files_fingerprint, sampled_fingerprint
@@ -147,8 +152,15 @@ def write_record(args: DistillationArguments, options: Mapping[str, Any]) -> Non
     if resume is not True or resumed is not None:  # otherwise the last run goes on
         runs.append((present - before.earlier_runs, before.options))
     kept = [{"runs": sorted(ids & present - {resumed}), "options": its} for ids, its in runs]
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / RECORD_NAME, {**options, _EARLIER: [each for each in kept if each["runs"]]})
+    with explain_write_errors("The record of the options", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / RECORD_NAME, {**options, _EARLIER: [each for each in kept if each["runs"]]})
+
+
+def remove_unused_record(output_dir: Path) -> None:
+    """Remove the record of a run that ended before it wrote anything else."""
+    if has_record(output_dir) and len(list(output_dir.iterdir())) == 1:
+        (output_dir / RECORD_NAME).unlink()
 
 
 def copy_record(config: DistillConfig, path: Path) -> None:

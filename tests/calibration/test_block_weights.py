@@ -72,26 +72,28 @@ def test_the_student_is_the_same_from_a_folder_and_from_memory_and_with_activati
     )
 
 
+def kind_student(name: str) -> Any:
+    """Return a calibrated student of a kind's teacher."""
+    kind = BART if name == "bart" else KINDS[name]
+    return from_teacher(
+        kind.teacher(),
+        method="calibrated",
+        calibration_dataset=kind_batches(kind),
+        show_progress=False,
+        **kind.smaller,
+    )
+
+
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["llama", "mixtral", "bart"])
 @pytest.mark.parametrize("recorded", [0, 1])
 def test_blocks_that_are_not_recorded_run_again_to_the_same_bits(
     name: str, recorded: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kind, spaces = BART if name == "bart" else KINDS[name], itertools.count()
-
-    def make() -> Any:
-        return from_teacher(
-            kind.teacher(),
-            method="calibrated",
-            calibration_dataset=kind_batches(kind),
-            show_progress=False,
-            **kind.smaller,
-        )
-
-    expected = make()
+    spaces = itertools.count()
+    expected = kind_student(name)
     monkeypatch.setattr(InputRecorder, "has_space", lambda self, streams: next(spaces) < recorded)
-    assert same_bits(make(), expected)
+    assert same_bits(kind_student(name), expected)
     assert next(spaces) > recorded
 
 
@@ -102,18 +104,9 @@ def test_inputs_that_cannot_be_recorded_do_not_change_the_student(
     name: str, written: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The budget holds all activations, so that no file is needed but those of what is recorded."""
-    kind, failures, writes = BART if name == "bart" else KINDS[name], 0, itertools.count()
+    failures, writes = 0, itertools.count()
     files: weakref.WeakSet[io.FileIO] = weakref.WeakSet()
     open_file = StreamStore.open_file
-
-    def make() -> Any:
-        return from_teacher(
-            kind.teacher(),
-            method="calibrated",
-            calibration_dataset=kind_batches(kind),
-            show_progress=False,
-            **kind.smaller,
-        )
 
     class Limited(io.FileIO):
         def write(self, data: Any) -> int:
@@ -129,10 +122,10 @@ def test_inputs_that_cannot_be_recorded_do_not_change_the_student(
             files.add(limited := Limited(os.dup(file.fileno()), "r+b"))
         return limited
 
-    expected = make()
+    expected = kind_student(name)
     monkeypatch.setattr(StreamStore, "open_file", opening)
     with caplog.at_level(logging.WARNING, logger="hf_guide"):
-        assert same_bits(make(), expected) and failures == 1
+        assert same_bits(kind_student(name), expected) and failures == 1
     assert caplog.text.count("cannot be recorded ([Errno 27] File too large)") == 1
     gc.collect()
     assert not files

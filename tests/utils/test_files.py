@@ -376,6 +376,7 @@ def test_a_full_disk_in_distill_is_an_error_and_leaves_the_whole_checkpoints(
     distil: Any, mounted: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from hf_guide.distillation.checkpoints import checkpoint_defect, list_checkpoints
+    from hf_guide.scripts.run_record import RECORD_NAME
 
     output = mounted / "out"
     assert distil(output, max_steps=40) == 1
@@ -388,7 +389,7 @@ def test_a_full_disk_in_distill_is_an_error_and_leaves_the_whole_checkpoints(
     assert (
         kept
         and all(checkpoint_defect(path) is None for path in kept)
-        and names(output) == sorted(path.name for path in kept)
+        and names(output) == sorted([RECORD_NAME, *(path.name for path in kept)])
     )
     for path in kept[1:]:
         shutil.rmtree(path)
